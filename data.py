@@ -244,7 +244,7 @@ def _weight_files(place, fetch) -> list[Path]:
 
 
 def _from_hub(repository: str, name: str, revision: str | None, offline: bool, kind: str = "model", folder=None) -> Path | None:
-    """One file of a hub repository (a "model" or a "dataset"), through huggingface-hub's cache, or into `folder` where the cache
+    """One file of a hub repository (a "model" or a "dataset"), through huggingface-hub's cache, or into `folder` where that
     does not have it; None where the repository has no such file."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -258,7 +258,8 @@ def _from_hub(repository: str, name: str, revision: str | None, offline: bool, k
             return None
         raise UserError(
             f"{repository} is neither in the hub cache nor within reach ({'offline' if offline else type(error.__cause__).__name__}).\n"
-            f"On a machine with network:  hf download {repository}" + " --repo-type dataset" * (kind == "dataset") + (f" --revision {revision}" if revision else "") +
+            f"On a machine with network:  hf download {repository}" + " --repo-type dataset" * (kind == "dataset") +
+            (f" --revision {revision}" if revision else "") +
             f" --local-dir {repository.split('/')[1]}\nthen give that folder's path instead of {repository!r}.") from None
     except EntryNotFoundError:
         return None
@@ -281,9 +282,11 @@ def hub_files(repository: str, revision: str | None, offline: bool) -> list[str]
         try:
             files = set(HfApi().list_repo_files(repository, revision=revision, repo_type="dataset"))
         except Exception as error:  # no network arrives as one of many classes (httpx, OSError, the hub's own)
-            raise UserError(f"{repository} on the hub could not be listed: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from None
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"{repository} on the hub could not be listed: {reason[0]}") from None
     if not files:
-        raise UserError(f"{repository} is not in the hub's cache. On a machine with network:  hf download {repository} --repo-type dataset")
+        raise UserError(f"{repository} is not in the hub's cache. On a machine with network:  "
+                        f"hf download {repository} --repo-type dataset")
     return sorted(files)
 
 
@@ -1011,7 +1014,7 @@ class Phantoms(Images):
 
     def __init__(self, size: int, count: int = 2048, seed: int = 0):
         cases = [(seed, i // self.VISITS, i % self.VISITS, size) for i in range(count)]
-        version = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=6).hexdigest()  # drawn anew when this file changes
+        version = hashlib.blake2b(inspect.getsource(render_phantom).encode(), digest_size=6).hexdigest()  # drawn anew when it changes
         path = cache_folder() / "phantoms" / f"{size}px-{count}-seed{seed}-{version}.safetensors"
         with locked(path):
             if not path.exists():
@@ -1498,7 +1501,8 @@ def _encode(source, size: int, format: str, quality: int) -> tuple[bytes | None,
         return None, error.reason
     buffer = io.BytesIO()
     image = Image.fromarray(preprocess(image, size) if size else image)
-    image.save(buffer, "PNG") if format == "png" else image.save(buffer, "JPEG", quality=quality)
+    # Level 2 is five times as fast as Pillow's 6, for 15 % more bytes.
+    image.save(buffer, "PNG", compress_level=2) if format == "png" else image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue(), ""
 
 
@@ -1646,8 +1650,11 @@ def augment(images: torch.Tensor, ids, step: int, seed: int) -> torch.Tensor:
     grid = F.affine_grid(theta, x.shape, align_corners=False)          # (B, S, S, 2)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
     amount = (2 * u[:, 5] - 1).clamp(min=0)[:, None, None, None] * SHARPEN
-    blurred = F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 2, 1), 2, 1)  # twice 2x2: 1-2-1 both ways
-    return (x + amount * (x - blurred)).clamp(-1, 1)
+    blurred = F.pad(x, (1, 1, 1, 1), mode="replicate")                 # (B, 1, S + 2, S + 2)
+    for _ in range(2):                                                 # sums of neighbours, twice: 1-2-1 along both axes
+        blurred = blurred[..., 1:, :] + blurred[..., :-1, :]
+        blurred = blurred[..., 1:] + blurred[..., :-1]
+    return (x + amount * (x - blurred / 16)).clamp(-1, 1)
 
 
 def to_model(images: torch.Tensor) -> torch.Tensor:

@@ -32,11 +32,12 @@ class Aggregator:
     """What `aggregate` does, without keeping the maps: pass it to the UNet as `maps=`, then ask for `result()`.
 
     TRAP: eight heads at 64x64 are 537 MB a layer in float32, and SD1.5 has five such layers. Here each map is averaged over
-    its heads as it arrives and added to the sum of its resolution: 67 MB in all for an image of 512 px.
+    its heads as it arrives and added to the sum of its resolution: 67 MB in all for an image of 512 px. The first `skip` maps
+    are left out.
     """
 
-    def __init__(self):
-        self.sums, self.counts = {}, {}  # side -> (B, side², side²), number of maps in it
+    def __init__(self, skip: int = 0):
+        self.sums, self.counts, self.skip = {}, {}, skip  # side -> (B, side², side²), number of maps in it
 
     def append(self, probabilities: torch.Tensor) -> None:
         """probabilities (B, heads, hw, hw), each row a distribution over the hw = side² pixels."""
@@ -44,6 +45,9 @@ class Aggregator:
         if side * side != probabilities.shape[-1] or probabilities.shape[-2] != side * side:
             raise UserError(f"found a self-attention of shape {tuple(probabilities.shape)}, expected (B, heads, side², side²): "
                             "give the network square images")
+        self.skip -= 1
+        if self.skip >= 0:
+            return
         mean = probabilities.detach().mean(1, dtype=torch.promote_types(probabilities.dtype, torch.float32))  # (B, hw, hw)
         self.sums[side] = self.sums[side].add_(mean) if side in self.sums else mean
         self.counts[side] = self.counts.get(side, 0) + 1
@@ -159,10 +163,12 @@ def label(masks: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def attention(run, images: torch.Tensor, c: torch.Tensor, t: int = 300, seeds: list[int] | None = None) -> torch.Tensor:
+def attention(run, images: torch.Tensor, c: torch.Tensor, t: int = 300, seeds: list[int] | None = None,
+              last: int = 0) -> torch.Tensor:
     """One UNet pass over images uint8 (B, size, size) with tokens c (B, S, N) at timestep t -> A (B, S*S, S*S) on run.device.
 
-    The latent is the VAE's mean and clean, as in the original; with `seeds`, one an image, it carries the noise of t.
+    The latent is the VAE's mean and clean, as published; with `seeds`, one an image, it carries the noise of t. All maps are
+    aggregated, as published; with `last` that many, those nearest the output, whose regions are cleaner in small networks.
     """
     mean, _ = run.vae.encode(data.to_model(images.to(run.device)))
     z = mean * run.vae.config.scaling_factor  # (B, 4, h, w)
@@ -170,14 +176,20 @@ def attention(run, images: torch.Tensor, c: torch.Tensor, t: int = 300, seeds: l
     if seeds is not None:
         eps = torch.stack([torch.randn(z.shape[1:], generator=data.generator("cpu", seed)) for seed in seeds])
         z = run.schedule.add_noise(z, eps.to(z), ts)
-    total = Aggregator()
+    maps = sum(name.endswith("attn1") for name, _ in run.unet.named_modules())
+    total = Aggregator(skip=max(maps - last, 0) if last else 0)
     run.unet(z, ts, c.to(z), maps=total)
     return total.result()
 
 
-def segment(A: torch.Tensor, size: int, grid: int = 16, threshold: float = 0.05, is_refined: bool = False) -> torch.Tensor:
-    """A (S*S, S*S) of one image -> labels (size, size) int64, numbered from 0 by falling area."""
-    masks = merge(A, grid, threshold)
+def segment(A: torch.Tensor, size: int, grid: int = 16, threshold: float = 0.0, is_refined: bool = False) -> torch.Tensor:
+    """A (S*S, S*S) of one image -> labels (size, size) int64, numbered from 0 by falling area.
+
+    CHOICE: a threshold of 0 becomes 0.45 of the median divergence. Divergences grow tenfold during training and the best
+    threshold with them; this part of the median stayed near the best at every checkpoint and timestep that we tried.
+    """
+    first = divergence(A[anchors(math.isqrt(len(A)), grid).to(A.device)], A)
+    masks = merge(A, grid, threshold or 0.45 * first.median().item(), first=first)
     labels = label(refine(A, masks) if is_refined else masks, size)
     _, labels, areas = labels.unique(return_inverse=True, return_counts=True)  # masks that win nowhere leave no number
     return areas.argsort(descending=True, stable=True).argsort()[labels]
@@ -194,8 +206,9 @@ class SegmentPicture:
     step: int = 0  # checkpoint, the newest one when 0
     out: str = "out"  # folder for the PNG files
     timestep: int = 300  # t of the UNet pass, 0…999 (paper: 300)
-    threshold: float = 0.05  # symmetric KL below which attention maps merge (paper: 0.05)
+    threshold: float = 0.0  # symmetric KL below which maps merge (paper: 0.05); 0: by the picture's own median
     grid: int = 16  # anchors a side (paper: 16)
+    last: int = 0  # aggregate only this many attention maps, those nearest the output; 0: all, as published
     refine: bool = False  # finish with k-means
     noise: bool = False  # add the noise of the timestep to the latent
     seed: int = 0  # of that noise
@@ -214,11 +227,11 @@ def segment_pictures(settings: SegmentPicture) -> None:
     for picture in settings.pictures:
         image = torch.from_numpy(data.preprocess(data.load_image(picture), run.size))
         seeds = [settings.seed] if settings.noise else None
-        A = attention(run, image[None], dinodiff.encode_tokens(run, image[None]), settings.timestep, seeds)[0]
+        A = attention(run, image[None], dinodiff.encode_tokens(run, image[None]), settings.timestep, seeds, settings.last)[0]
         labels = segment(A, run.size, settings.grid, settings.threshold, settings.refine).cpu().numpy()
         count, stem = labels.max() + 1, Path(settings.out) / Path(picture).stem
         if count > 256:
-            raise UserError(f"{picture}: found {count} segments, expected at most 256: raise --threshold {settings.threshold}")
+            raise UserError(f"{picture}: found {count} segments, expected at most 256: raise --threshold")
         flat = Image.fromarray(labels.astype(np.uint8), "P")
         flat.putpalette(palette)
         grey = Image.fromarray(image.numpy()).convert("RGB")

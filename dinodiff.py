@@ -204,26 +204,26 @@ class Train:
     data: str = "phantom"  # phantom, a folder, a quoted glob of tar shards, hf://datasets/OWNER/NAME/GLOB, or pipe:COMMAND {shard}
     run: str = ""  # run folder; empty: runs/PRESET. An existing one is resumed
     size: int = 64  # pixels, square
-    steps: int = 1000  # optimizer steps of the UNet
-    batch: int = 32  # images a step, over all ranks and micro-batches
+    steps: int = 600  # optimizer steps of the UNet
+    batch: int = 16  # images a step, over all ranks and micro-batches
     micro_batch: int = 0  # images of one rank in one pass; 0: as many as the batch gives it, 64 at most
-    lr: float = 1e-3  # constant after the warm-up
+    lr: float = 2e-3  # constant after the warm-up
     warmup: int = 50  # steps of linear warm-up
     optimizer: str = "adamw"  # adamw | adam8bit
     weight_decay: float = 1e-2  # decoupled. CHOICE: what AdamW and the diffusers script use; the paper names none
     clip: float = 1.0  # largest norm of the gradient. CHOICE: the diffusers script's
-    ema: float = 0.995  # decay of the average of weights that samples are drawn from; 0: none
+    ema: float = 0.99  # decay of the average of weights that samples are drawn from; 0: none
     tokens: str = "global"  # global: c_GLB, the paper's method; all: patch tokens too, its appendix A.1
     init: str = ""  # UNet to start from: sd15, a folder, a file or a hub id; empty: from scratch
     vae: str = ""  # folder, file or hub id of a trained VAE (`hub id:subfolder`); empty: train one first
     vit: str = ""  # the same for DINO
     vae_steps: int = 800  # of the VAE's training, where one is trained
-    vit_steps: int = 500  # of DINO's
+    vit_steps: int = 150  # of DINO's
     cache: str = ""  # folder that `dinodiff.py cache` wrote: train on stored latents and tokens
     augment: bool = True  # random sharpening and affine maps (paper 2.5)
     seed: int = 0
-    checkpoint_every: int = 500  # steps
-    sample_every: int = 250  # steps between sample grids
+    checkpoint_every: int = 100  # steps
+    sample_every: int = 200  # steps between sample grids
     gradient_checkpointing: bool = False  # less memory, a third more time
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "fp32"  # fp32 | bf16 (autocast; weights, gradients and moments stay float32)
@@ -232,14 +232,15 @@ class Train:
     cache_gb: float = 20.0  # local room for shards of a remote --data
     offline: bool = False  # never ask the hub, use its cache alone
     unet_config: UNetConfig = field(default_factory=lambda: UNetConfig(
-        block_out_channels=(64, 128), layers_per_block=1, cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
+        block_out_channels=(48, 96), layers_per_block=1, cross_attention_dim=128, attention_head_dim=2, norm_num_groups=16,
         down_block_types=(CROSS, CROSS), sample_size=16), metadata=NOT_A_FLAG)
     vae_config: VAEConfig = field(default_factory=lambda: VAEConfig(
         block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=64), metadata=NOT_A_FLAG)
     vae_settings: VAESettings = field(default_factory=VAESettings, metadata=NOT_A_FLAG)
     vit_config: ViTConfig = field(default_factory=lambda: ViTConfig(
-        image_size=64, patch_size=8, hidden_size=128, depth=4, heads=4), metadata=NOT_A_FLAG)
-    dino_settings: DinoSettings = field(default_factory=DinoSettings, metadata=NOT_A_FLAG)
+        image_size=64, patch_size=8, hidden_size=128, depth=4, heads=4, mlp_ratio=2.0), metadata=NOT_A_FLAG)
+    dino_settings: DinoSettings = field(default_factory=lambda: DinoSettings(
+        global_size=48, local_size=24, local_crops=2, out_dim=128, momentum=0.97), metadata=NOT_A_FLAG)
 
 
 TINY = Train()
@@ -469,13 +470,11 @@ def train(settings: Train) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    images = data.open_data(settings.data, settings.size, seed=settings.seed, offline=settings.offline, cache_gb=settings.cache_gb)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    stop = Stop(device)
-    is_main = rank == 0
-    say = print if is_main else lambda *_: None
-
-    images = data.open_data(settings.data, settings.size, seed=settings.seed, offline=settings.offline, cache_gb=settings.cache_gb)
+    stop, is_main = Stop(device), rank == 0
+    say = print if is_main else lambda *_, **__: None
     say(f"{folder}: preset {settings.preset}, {len(images):,} images of {settings.data}, {settings.size} px, {world} x {device}, "
         f"batch {settings.batch} = {world} ranks x {share // micro} passes x {micro}", flush=True)
     if is_main:
@@ -496,7 +495,7 @@ def train(settings: Train) -> None:
     start, place = (done[-1], checkpoint_folder(folder, done[-1])) if done else (0, None)
     source = "sd15" if settings.init == "sd15" else settings.init
     unet = (UNet.from_pretrained(place / "unet") if place else _pretrained(UNet, SD15 + ":unet" if source == "sd15" else source, settings.offline)
-            if source else UNet(config)).to(device, memory_format=torch.channels_last)
+            if source else from_scratch(config)).to(device, memory_format=torch.channels_last)
     if unet.config.cross_attention_dim != vit.config.hidden_size:
         raise UserError(f"the UNet takes tokens of width {unet.config.cross_attention_dim}, this DINO gives {vit.config.hidden_size}")
     unet.gradient_checkpointing = settings.gradient_checkpointing
@@ -650,6 +649,15 @@ def _batch_getter(images, batch: int, settings: Train, rank: int, world: int, de
         return pictures
 
     return get
+
+
+def from_scratch(config: UNetConfig) -> UNet:
+    """A new UNet. CHOICE: residual branches and the output start at zero, so that the first prediction is 0 and depth comes gradually."""
+    unet = UNet(config)
+    for name, weight in unet.named_parameters():
+        if name.endswith(("conv2.weight", "proj_out.weight")) or name == "conv_out.weight":
+            torch.nn.init.zeros_(weight)
+    return unet
 
 
 def augmented(pictures: Tensor, ids: Tensor, step: int, settings: Train) -> Tensor:
@@ -876,7 +884,7 @@ def bench(settings: Bench) -> None:
         unet.compile()
         vae.encoder.compile()
     optimizer = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}[preset.optimizer](unet.parameters(), lr=1e-5)
-    side, schedule = preset.size // vae.config.factor, Schedule()
+    side = preset.size // vae.config.factor
     x = torch.rand(B, 3, preset.size, preset.size, device=device).contiguous(memory_format=torch.channels_last) * 2 - 1
     zt, t = torch.randn(B, 4, side, side, device=device).contiguous(memory_format=torch.channels_last), torch.randint(0, 1000, (B,), device=device)
     c = torch.randn(B, 1 + vit_config.registers, vit_config.hidden_size, device=device)

@@ -6,10 +6,10 @@ The modules are named as in timm; `PAIRS` below holds all that Hugging Face's fi
 
     python vit.py           table of modules with shapes and parameters, and a self-check, in seconds
 
-    x (B, 3, H, W) ─ patch_embed ─ + positions ─ cat [CLS, REG, patches] ─ blocks × depth ─ norm ─┬─ CLS ──────────── c_CLS
-                                                                                                   ├─ tanh(dense(CLS)) c_PLR ├ c_GLB
-                                                                                                   ├─ REG × R ──────── c_REG
-                                                                                                   └─ patches × L ──── c_LCL
+    x (B, 3, H, W) ─ patch_embed ─ + positions ─ cat [CLS, REG, patches] ─ blocks ─ norm ─┬─ CLS ───────────── c_CLS ┐
+                                                                                           ├─ tanh(dense(CLS)) ─ c_PLR ├ c_GLB
+                                                                                           ├─ REG × R ───────── c_REG ┘
+                                                                                           └─ patches × L ───── c_LCL
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -31,24 +32,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from data import UserError, load_state, load_weights, module_table, optimizer_tensors, progress, restore_optimizer, save_state, uniforms
+from data import (UserError, load_state, load_weights, module_table, optimizer_tensors, progress, restore_optimizer, save_state,
+                  to_model, uniforms)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]; what DINO was trained with
 PILLOW_FILTER = {"bilinear": 2, "bicubic": 3}  # the numbers in preprocessor_config.json
 
 # Our (and timm's) names and those of Hugging Face's files, as text replacements. The order matters: `attention.output.dense`
 # holds `output.dense`. Attention there keeps q, k and v apart; we fuse them, as timm does.
-ALL_PAIRS = (("blocks.", "encoder.layer."), ("attn.q.", "attention.attention.query."), ("attn.k.", "attention.attention.key."),
-             ("attn.v.", "attention.attention.value."), ("attn.proj.", "attention.output.dense."), ("norm.", "layernorm."),
-             ("cls_token", "embeddings.cls_token"), ("mask_token", "embeddings.mask_token"), ("pos_embed", "embeddings.position_embeddings"),
-             ("reg_token", "embeddings.register_tokens"), ("patch_embed.proj.", "embeddings.patch_embeddings.projection."))
-DINOV2_PAIRS = (*ALL_PAIRS, ("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1"))
-PAIRS = {"timm": (), "dinov2": DINOV2_PAIRS, "dinov2_with_registers": DINOV2_PAIRS,
-         "vit": (*ALL_PAIRS, ("norm1.", "layernorm_before."), ("norm2.", "layernorm_after."), ("mlp.fc1.", "intermediate.dense."),
-                 ("mlp.fc2.", "output.dense."))}
+COMMON = (("blocks.", "encoder.layer."), ("attn.q.", "attention.attention.query."), ("attn.k.", "attention.attention.key."),
+          ("attn.v.", "attention.attention.value."), ("attn.proj.", "attention.output.dense."), ("norm.", "layernorm."),
+          ("cls_token", "embeddings.cls_token"), ("reg_token", "embeddings.register_tokens"),
+          ("mask_token", "embeddings.mask_token"), ("pos_embed", "embeddings.position_embeddings"),
+          ("patch_embed.proj.", "embeddings.patch_embeddings.projection."))
+DINOV2 = (*COMMON, ("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1"))
+PAIRS = {"timm": (), "dinov2": DINOV2, "dinov2_with_registers": DINOV2,
+         "vit": (*COMMON, ("norm1.", "layernorm_before."), ("norm2.", "layernorm_after."),
+                 ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."))}
 CLASSES = {"vit": "ViTModel", "dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
-# transformers 5 has other names in memory, though not in what its save_pretrained writes: read them as well
-NEW_NAMES = ((r"^layers\.", "encoder.layer."), (r"attention\.([qkv])_proj\.", r"attn.\1."), (r"attention\.o_proj\.", "attn.proj."))
+# transformers 5 has other names in memory, though not in what its save_pretrained writes: we read them as well.
+NEW = ((r"^layers\.", "encoder.layer."), (r"attention\.([qkv])_proj\.", r"attn.\1."), (r"attention\.o_proj\.", "attn.proj."))
 
 
 @dataclass
@@ -75,11 +78,12 @@ class ViTConfig:
 
     def __post_init__(self):
         self.mean, self.std = tuple(self.mean), tuple(self.std)
-        if self.layout not in PAIRS or self.interpolation not in PILLOW_FILTER or self.hidden_size % self.heads:
-            raise UserError(f"ViT: layout {self.layout!r} (one of {', '.join(PAIRS)}), interpolation {self.interpolation!r} (one of "
-                            f"{', '.join(PILLOW_FILTER)}), width {self.hidden_size} divisible by {self.heads} heads: one does not hold")
-        if self.image_size < self.patch_size:
-            raise UserError(f"ViT: an image of {self.image_size} px holds no patch of {self.patch_size} px")
+        if self.layout not in PAIRS or self.interpolation not in PILLOW_FILTER:
+            raise UserError(f"ViT: found layout {self.layout!r} and interpolation {self.interpolation!r}, expected one of "
+                            f"{', '.join(PAIRS)} and one of {', '.join(PILLOW_FILTER)}")
+        if self.hidden_size % self.heads or self.image_size < self.patch_size:
+            raise UserError(f"ViT: width {self.hidden_size} must be divisible by {self.heads} heads, and an image of "
+                            f"{self.image_size} px hold a patch of {self.patch_size} px")
 
     @property
     def global_count(self) -> int:
@@ -132,7 +136,7 @@ class Block(nn.Module):
 
 
 def start_weights(module: nn.Module) -> None:
-    """Weights to train from. CHOICE: Xavier, which is DINO's fixed deviation of 0.02 at its own width, and fits narrow ones too."""
+    """Weights to train from. CHOICE: Xavier. DINO's fixed deviation, 0.02, is near it at width 768, and too small at 128."""
     for name, p in module.named_parameters():
         if p.ndim == 2:
             nn.init.xavier_normal_(p)
@@ -185,9 +189,9 @@ class ViT(nn.Module):
         return patches.to(self.pos_embed.dtype).flatten(2).transpose(1, 2)
 
     def forward(self, x: Tensor, maps: list | None = None) -> Tensor:
-        """x (B, 3, H, W) normalised (see `prepare`) -> tokens (B, 1 [+ 1] + R + L, N) after the final norm: CLS, PLR, REG, patches.
+        """x (B, 3, H, W) normalised -> tokens (B, 1 [+ 1] + R + L, N) after the final norm: CLS, PLR, REG, patches.
 
-        H and W may be any size of at least one patch; what does not fill a patch is left out. A list given as `maps` receives each
+        H and W: any size of at least one patch; what does not fill a patch is left out. A list given as `maps` receives each
         block's attention probabilities (B, heads, T, T), T = 1 + R + L. Source: Dosovitskiy et al. 2021, Darcet et al. 2024.
         """
         patches = self.patch_embed(x)  # (B, N, H/P, W/P)
@@ -210,7 +214,7 @@ class ViT(nn.Module):
     def from_pretrained(cls, source, subfolder: str | None = None, revision: str | None = None, offline: bool = False) -> ViT:
         """A folder, one weights file or a hub id, of any of the four layouts -> ViT in float32.
 
-        The sizes are those of config.json; without one, those of the tensors, with heads 64 wide. UserError says what does not fit.
+        The sizes are config.json's; without one, the tensors', with heads 64 wide. UserError says what does not fit.
         """
         raw, state = data.read_weights(source, subfolder, revision, offline)
         state, layout = native_names(state)
@@ -221,34 +225,35 @@ class ViT(nn.Module):
         return load_weights(model, state, source)
 
     def save_pretrained(self, folder) -> None:
-        """Write config.json and model.safetensors in the layout it came from: transformers' or timm's own class opens the folder."""
-        c, state = self.config, {}
+        """Write config.json and model.safetensors in the layout that it came from, for transformers' or timm's own classes."""
+        c, state, N = self.config, {}, self.config.hidden_size
         for key, value in self.state_dict().items():
-            split = zip("qkv", value.chunk(3)) if ".qkv." in key and c.layout != "timm" else [("qkv", value)]
-            for letter, part in split:
+            is_split = ".qkv." in key and c.layout != "timm"
+            for letter, part in zip("qkv", value.chunk(3)) if is_split else [("qkv", value)]:
                 name = key.replace(".qkv.", f".{letter}.")
                 for ours, theirs in PAIRS[c.layout]:
                     name = name.replace(ours, theirs)
                 state[name] = part
+        config = {k: v for k, v in c.source.items() if k not in ("dtype", "torch_dtype", "preprocessor")}  # it is float32 now
         if c.layout == "timm":
-            args = dict(img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.hidden_size, depth=c.depth, num_heads=c.heads,
-                        mlp_ratio=c.mlp_ratio, reg_tokens=c.registers, no_embed_class=not c.cls_position, num_classes=0,
-                        init_values=1e-5 if c.layer_scale else None)
-            shown = dict(input_size=[3, c.image_size, c.image_size], fixed_input_size=True, interpolation=c.interpolation, mean=c.mean,
-                         std=c.std, num_classes=0, first_conv="patch_embed.proj", classifier="head")
-            config = {"architecture": "vit_base_patch16_224", "num_features": c.hidden_size, "num_classes": 0} | c.source
-            config |= {"model_args": config.get("model_args", {}) | args, "pretrained_cfg": config.get("pretrained_cfg", {}) | shown}
+            config = {"architecture": "vit_base_patch16_224", "num_features": N, "num_classes": 0} | config
+            config["model_args"] = config.get("model_args", {}) | {
+                "img_size": c.image_size, "patch_size": c.patch_size, "embed_dim": N, "depth": c.depth, "num_heads": c.heads,
+                "mlp_ratio": c.mlp_ratio, "reg_tokens": c.registers, "no_embed_class": not c.cls_position, "num_classes": 0,
+                "init_values": 1e-5 if c.layer_scale else None}
+            config["pretrained_cfg"] = config.get("pretrained_cfg", {}) | {
+                "input_size": [3, c.image_size, c.image_size], "fixed_input_size": True, "interpolation": c.interpolation,
+                "mean": c.mean, "std": c.std, "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head"}
         else:
-            config = {k: v for k, v in c.source.items() if k not in ("dtype", "torch_dtype", "preprocessor")} | {
-                "architectures": [CLASSES[c.layout]], "model_type": c.layout, "image_size": c.image_size, "patch_size": c.patch_size,
-                "hidden_size": c.hidden_size, "num_hidden_layers": c.depth, "num_attention_heads": c.heads, "layer_norm_eps": c.eps,
-                "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True}
-            config |= {"intermediate_size": round(c.hidden_size * c.mlp_ratio)} if c.layout == "vit" else {"mlp_ratio": round(c.mlp_ratio)}
+            config |= {"architectures": [CLASSES[c.layout]], "model_type": c.layout, "image_size": c.image_size,
+                       "patch_size": c.patch_size, "hidden_size": N, "num_hidden_layers": c.depth,
+                       "num_attention_heads": c.heads, "layer_norm_eps": c.eps, "hidden_act": "gelu", "num_channels": 3,
+                       "qkv_bias": True}
+            config |= {"intermediate_size": round(N * c.mlp_ratio)} if c.layout == "vit" else {"mlp_ratio": round(c.mlp_ratio)}
             config |= {"num_register_tokens": c.registers} if c.registers else {}
-            side = {"height": c.image_size, "width": c.image_size}
             data.write_json(Path(folder, "preprocessor_config.json"), {
-                "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": side, "resample": PILLOW_FILTER[c.interpolation],
-                "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": c.mean, "image_std": c.std})
+                "image_processor_type": "ViTImageProcessor", "size": {"height": c.image_size, "width": c.image_size},
+                "resample": PILLOW_FILTER[c.interpolation], "image_mean": c.mean, "image_std": c.std})
         data.write_weights(folder, config, state, "model.safetensors")
 
 
@@ -262,7 +267,7 @@ def native_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
         "layer_scale1") else "vit"
     named = {}
     for key, value in state.items() if layout != "timm" else ():
-        for new, old in NEW_NAMES:
+        for new, old in NEW:
             key = re.sub(new, old, key)
         for ours, theirs in PAIRS[layout]:
             key = key.replace(theirs, ours)
@@ -279,27 +284,28 @@ def native_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
 def read_config(raw: dict, state: dict[str, Tensor], layout: str, source) -> ViTConfig:
     """A config.json of transformers or timm ({} for none) and the tensors under our names -> ViTConfig."""
     ffn = [state[key] for key in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight") if key in state]
-    if raw.get("use_swiglu_ffn") or raw.get("hidden_act", "gelu") != "gelu" or (len(ffn) == 2 and len(ffn[0]) != ffn[1].shape[1]):
-        raise UserError(f"{source} has a SwiGLU or other feed-forward layer (DINOv2-giant has); this ViT knows the exact GELU alone: "
-                        "take a small, base or large model")
+    is_gated = len(ffn) == 2 and len(ffn[0]) != ffn[1].shape[1]
+    if raw.get("use_swiglu_ffn") or raw.get("hidden_act", "gelu") != "gelu" or is_gated:
+        raise UserError(f"{source} has a SwiGLU or other feed-forward layer, as DINOv2-giant; expected the exact GELU of the "
+                        "small, base and large models: take one of those")
     d = ViTConfig()
     size = lambda key, axis, default: state[key].shape[axis] if key in state and state[key].ndim > axis else default
     shown, args, processor = raw.get("pretrained_cfg", {}), raw.get("model_args", {}), raw.get("preprocessor", {})
     width = raw.get("hidden_size") or size("cls_token", 2, d.hidden_size)
     patch = raw.get("patch_size") or size("patch_embed.proj.weight", 2, d.patch_size)
     positions, depths = size("pos_embed", 1, 197), [int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)]
-    mlp = raw.get("intermediate_size", 0) / width or raw.get("mlp_ratio") or size("blocks.0.mlp.fc1.weight", 0, 4 * width) / width
-    bicubic = "bilinear" if layout == "vit" else "bicubic"
+    ratio = raw.get("intermediate_size", 0) / width or raw.get("mlp_ratio")
+    usual = {2: "bilinear", 3: "bicubic"}.get(processor.get("resample"), "bilinear" if layout == "vit" else "bicubic")
     return ViTConfig(
         layout=layout, patch_size=patch, hidden_size=width, image_size=raw.get("image_size") or math.isqrt(positions) * patch,
         depth=raw.get("num_hidden_layers") or max(depths, default=d.depth - 1) + 1,
-        heads=raw.get("num_attention_heads") or args.get("num_heads") or max(1, width // 64), mlp_ratio=mlp,
+        heads=raw.get("num_attention_heads") or args.get("num_heads") or max(1, width // 64),
+        mlp_ratio=ratio or size("blocks.0.mlp.fc1.weight", 0, 4 * width) / width,
         registers=size("reg_token", 1, 0), pooler="pooler.dense.weight" in state, layer_scale="blocks.0.ls1.gamma" in state,
         cls_position=math.isqrt(positions) ** 2 != positions,  # 1 + grid² is never a square
         mask_token="mask_token" in state, eps=raw.get("layer_norm_eps", d.eps if layout == "vit" else 1e-6),
-        interpolation=shown.get("interpolation") or {v: k for k, v in PILLOW_FILTER.items()}.get(processor.get("resample"), bicubic),
-        mean=shown.get("mean") or processor.get("image_mean") or d.mean, std=shown.get("std") or processor.get("image_std") or d.std,
-        source=raw)
+        interpolation=shown.get("interpolation") or usual, mean=shown.get("mean") or processor.get("image_mean") or d.mean,
+        std=shown.get("std") or processor.get("image_std") or d.std, source=raw)
 
 
 def _beside(source, name: str, subfolder: str | None, revision: str | None, offline: bool) -> Path | None:
@@ -325,7 +331,6 @@ class DinoSettings:
     momentum: float = 0.99  # of the teacher's moving average, to 1 by a cosine
     student_temperature: float = 0.1
     teacher_temperature: tuple[float, float] = (0.04, 0.06)  # from, to, linearly over the first 30 % of the steps
-    centre_momentum: float = 0.9
     head_hidden: int = 256
     head_bottleneck: int = 64
     out_dim: int = 1024  # K, prototypes
@@ -334,14 +339,14 @@ class DinoSettings:
     local_crops: int = 4
     local_size: int = 32
     local_scale: tuple[float, float] = (0.1, 0.4)
-    jitter: float = 0.4  # strength of brightness, contrast, gamma and blur
+    jitter: float = 0.4  # strength of gamma and blur
     frozen: float = 0.05  # share of the steps in which the head's last layer stays as it is
     clip: float = 3.0  # largest gradient norm
     seed: int = 0
 
 
 class Head(nn.Module):
-    """(B, N) -> cosines with K prototypes (B, K): an MLP to a unit vector, and a last layer of unit rows (weight norm, g = 1)."""
+    """(B, N) -> cosines with K prototypes (B, K): an MLP to a unit vector, a last layer of unit rows (weight norm, g = 1)."""
 
     def __init__(self, width: int, s: DinoSettings):
         super().__init__()
@@ -357,10 +362,12 @@ class Head(nn.Module):
 
 
 def crop(images: Tensor, size: int, scale: tuple[float, float], jitter: float, *draw) -> Tensor:
-    """images (b, H, W) uint8 -> one random view of each, (b, 1, size, size) in [0, 1]. `draw`: integers, and the images' numbers.
+    """images (b, H, W) uint8 -> one random view of each, (b, 1, size, size) in [0, 1]. `draw`: integers, (b,) numbers.
 
-    A resized crop of an area in `scale`, then gamma, contrast, brightness, and a blur (or sharpening).
+    A resized crop of an area in `scale`, then gamma, a contrast and a brightness, and a blur (or sharpening).
     CHOICE: no flip, for the heart is on the left; no solarisation, for an inverted X-ray is another modality.
+    TRAP: exposure shows in any crop of an X-ray, so a network that only reads it off solves the task; jitter around the film's
+    own contrast and brightness leaves it readable. So both are drawn anew, whatever they were.
     """
     u = torch.from_numpy(uniforms(9, *draw)).float().to(images.device).T.reshape(9, -1, 1, 1, 1)
     signed = lambda i, strength: jitter * strength * (2 * u[i] - 1)
@@ -371,47 +378,45 @@ def crop(images: Tensor, size: int, scale: tuple[float, float], jitter: float, *
     x = F.grid_sample(images[:, None].float() / 255, F.affine_grid(theta, (len(images), 1, size, size), align_corners=False),
                       padding_mode="border", align_corners=False)
     x = x.clamp(1e-4, 1) ** (2 ** signed(4, 1.5))
-    mean = x.mean((1, 2, 3), keepdim=True)
-    x = (x - mean) * (1 + signed(5, 1.0)) + mean + signed(6, 0.5)
+    deviation, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
+    x = (x - mean) / (deviation + 0.02) * (0.1 + 0.25 * u[5]) + 0.3 + 0.4 * u[6]
     return (x + (F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x) * (2 * jitter * (1.5 * u[7] - 0.5))).clamp(0, 1)
 
 
-def train_dino(config: ViTConfig, settings: DinoSettings, get_batch: Callable[[int], Tensor], folder, device="cpu", rank: int = 0,
-               world: int = 1, log: Callable[[dict], None] = lambda row: None, save_every: int = 250,
+def train_dino(config: ViTConfig, settings: DinoSettings, get_batch: Callable[[int], Tensor], folder, device="cpu",
+               rank: int = 0, world: int = 1, log: Callable[[dict], None] = lambda row: None, save_every: int = 250,
                should_stop: Callable[[], bool] = lambda: False) -> ViT | None:
     """Train a ViT without labels and save the teacher to `folder`; a killed run goes on from the last saved step, bit for bit.
 
     The student sees global and local views and is to guess the teacher's output for the other global views; the teacher is the
-    student's moving average, its output centred (no prototype may win always) and sharpened (nor may all be equal).
-    get_batch(step) -> uint8 (batch / world, S, S): this rank's slice, in order, of global batch `step`. Every random number is a
-    function of (seed, step, place in the global batch), so any number of ranks draws the same. `should_stop()` is asked after
+    student's moving average, its output centred (no prototype may always win) and sharpened (nor may all be equal).
+    get_batch(step) -> uint8 (batch / world, S, S): this rank's slice, in order, of global batch `step`. Every random number is
+    a function of (seed, step, place in the global batch), so any number of ranks draws the same. `should_stop()` is asked after
     every step; when it says so, the state is saved and None returned.
     """
-    s, kind = settings, torch.device(device).type
+    s, folder, kind = settings, Path(folder), torch.device(device).type
     torch.manual_seed(s.seed)
     student = nn.ModuleDict({"vit": ViT(config), "head": Head(config.hidden_size, s)}).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    centre = torch.zeros(s.out_dim, device=device)
-    named = [(n, p) for n, p in student.named_parameters() if ".pooler." not in n]  # all that the loss reaches
-    optimizer = torch.optim.AdamW([{"params": [p for _, p in named if p.ndim > 1]}, {"params": [p for _, p in named if p.ndim == 1]}])
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    file, start = Path(folder).with_name(Path(folder).name + ".training.safetensors"), 0
+    both = nn.ModuleDict({"student": student, "teacher": teacher})
+    parameters = [p for name, p in student.named_parameters() if "pooler" not in name]  # all that the loss reaches
+    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1]},
+                                   {"params": [p for p in parameters if p.ndim == 1]}])
+    file, start = folder.with_name(folder.name + ".training.safetensors"), 0
     plan = json.loads(json.dumps({"vit": dataclasses.asdict(config), "settings": dataclasses.asdict(s)}))
     if file.is_file():
         tensors, info = load_state(file)
         if info["plan"] != plan:
-            raise UserError(f"{file} is of a run with other settings; give the same ones, or remove it to start this stage anew")
-        for name, module in (("student", student), ("teacher", teacher)):
-            module.load_state_dict({k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")})
+            raise UserError(f"{file} is of a run with other settings: give the same ones, or remove it to start anew")
+        both.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
         restore_optimizer(optimizer, tensors)
-        centre, start = tensors["centre"].to(device, copy=True), info["step"]
-    save = lambda step: rank == 0 and save_state(
-        file, {f"{name}.{k}": v for name, module in (("student", student), ("teacher", teacher)) for k, v in module.state_dict().items()}
-        | {"centre": centre} | optimizer_tensors(optimizer), {"step": step, "plan": plan})
+        start = info["step"]
+    save = lambda step: rank == 0 and save_state(file, both.state_dict() | optimizer_tensors(optimizer),
+                                                 {"step": step, "plan": plan})
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (config.mean, config.std))
-    cosine = lambda a, b, at: b + (a - b) * 0.5 * (1 + math.cos(math.pi * at))
+    cosine = lambda start, end, at: end + (start - end) * 0.5 * (1 + math.cos(math.pi * at))
 
-    def average(tensor: Tensor) -> Tensor:
+    def average(tensor: Tensor) -> Tensor:  # over the ranks
         if world > 1:
             torch.distributed.all_reduce(tensor)
         return tensor / world
@@ -419,23 +424,27 @@ def train_dino(config: ViTConfig, settings: DinoSettings, get_batch: Callable[[i
     bar = progress(desc="DINO", total=s.steps, initial=start, unit="step")
     for step in range(start, s.steps):
         began, at = time.monotonic(), step / s.steps
-        for group, decay in zip(optimizer.param_groups, (cosine(*s.weight_decay, at), 0.0)):
+        for group, decay in zip(optimizer.param_groups, (cosine(*s.weight_decay, at), 0.0)):  # none on biases and norms
             group["lr"], group["weight_decay"] = s.lr * min(1.0, (step + 1) / (0.1 * s.steps)) * cosine(1, 0.01, at), decay
         images = get_batch(step).to(device)
         rows = rank * len(images) + np.arange(len(images))
-        views = [crop(images, *((s.global_size, s.global_scale) if view < 2 else (s.local_size, s.local_scale)), s.jitter,
-                      s.seed, step, view, rows) for view in range(2 + s.local_crops)]
+        shapes = [(s.global_size, s.global_scale)] * 2 + [(s.local_size, s.local_scale)] * s.local_crops
+        views = [crop(images, *shape, s.jitter, s.seed, step, view, rows) for view, shape in enumerate(shapes)]
         views = [(torch.cat(part).expand(-1, 3, -1, -1) - mean) / std for part in (views[:2], views[2:]) if part]
+
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
             with torch.no_grad():
-                cls = teacher["vit"](views[0])[:, 0]
-                out = teacher["head"](cls)  # (2b, K)
-            guesses = torch.cat([student["head"](student["vit"](part)[:, 0]) for part in views])  # (views * b, K)
+                cls = teacher["vit"](views[0])[:, 0].float()  # (2b, N)
+                common = average(cls.mean(0))
+                spread = average((cls - common).square().mean(0)).add(1e-6).sqrt()
+                out = teacher["head"]((cls - common) / spread)  # (2b, K)
+                out = out - average(out.mean(0))
+            guesses = torch.cat([student["head"]((student["vit"](part)[:, 0] - common) / spread) for part in views])
         low, high = s.teacher_temperature
-        target = ((out - centre) / (low + (high - low) * min(1.0, at / 0.3))).softmax(-1).chunk(2)
-        guesses = (guesses / s.student_temperature).log_softmax(-1).chunk(2 + s.local_crops)
-        pairs = [(t, g) for i, t in enumerate(target) for j, g in enumerate(guesses) if i != j]
-        loss = sum(-(t * g).sum(-1).mean() for t, g in pairs) / len(pairs)  # cross-entropy H(teacher, student) [DINO eq.3]
+        target = (out / (low + (high - low) * min(1.0, at / 0.3))).softmax(-1)
+        guesses = (guesses / s.student_temperature).log_softmax(-1).chunk(2 + s.local_crops)  # each (b, K)
+        pairs = [(t, g) for i, t in enumerate(target.chunk(2)) for j, g in enumerate(guesses) if i != j]
+        loss = sum(-(t * g).sum(-1).mean() for t, g in pairs) / len(pairs)  # H(teacher, student) [DINO eq.3]
 
         optimizer.zero_grad()
         loss.backward()
@@ -444,23 +453,23 @@ def train_dino(config: ViTConfig, settings: DinoSettings, get_batch: Callable[[i
         used = [p for p in parameters if p.grad is not None]
         if world > 1:
             flat = average(torch.cat([p.grad.flatten() for p in used]))
-            for p, g in zip(used, flat.split([p.numel() for p in used])):
-                p.grad.copy_(g.view_as(p))
+            for p, gradient in zip(used, flat.split([p.numel() for p in used])):
+                p.grad.copy_(gradient.view_as(p))
         norm = nn.utils.clip_grad_norm_(used, s.clip)
         optimizer.step()
         with torch.no_grad():
             for old, new in zip(teacher.parameters(), student.parameters()):
                 old.lerp_(new, 1 - cosine(s.momentum, 1, at))
-            centre.lerp_(average(out.mean(0)), 1 - s.centre_momentum)  # [DINO eq.4]
-            target = torch.cat(target)
-            entropy = -(target * target.clamp_min(1e-12).log()).sum(-1).mean()  # collapse shows as 0 or ln K
-            spread = F.normalize(cls.float(), dim=-1).std(0).mean() * config.hidden_size ** 0.5  # ... or as 0; 1: isotropic
-            loss, entropy, spread = average(torch.stack([loss, entropy, spread])).tolist()
+            entropy = -(target * target.clamp_min(1e-12).log()).sum(-1).mean()
+            loss, entropy = average(torch.stack([loss, entropy])).tolist()
+            ratio = (spread.square().sum() / (spread.square() + common.square()).sum()).sqrt().item()
         if not math.isfinite(loss):
             raise UserError(f"DINO's loss became {loss} at step {step + 1}: take a smaller lr than {s.lr}")
+        # Collapse shows as a teacher_entropy of 0 or ln K, or as a feature_spread (deviation / root mean square) of 0.
         log({"stage": "vit", "step": step + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
-             "teacher_entropy": entropy, "feature_std": spread, "images_per_s": len(images) * world / (time.monotonic() - began)})
-        bar.set_postfix_str(f"loss {loss:.3f}, entropy {entropy:.2f}, spread {spread:.2f}", refresh=False)
+             "teacher_entropy": entropy, "feature_spread": ratio,
+             "images_per_s": len(images) * world / (time.monotonic() - began)})
+        bar.set_postfix_str(f"loss {loss:.3f}, entropy {entropy:.2f}, spread {ratio:.2f}", refresh=False)
         bar.update()
         if should_stop():
             save(step + 1)
@@ -468,31 +477,42 @@ def train_dino(config: ViTConfig, settings: DinoSettings, get_batch: Callable[[i
         if (step + 1) % save_every == 0:
             save(step + 1)
     bar.close()
+    # CHOICE: the final norm is rescaled so that the tokens' every dimension has mean 0 and deviation 1 over the images. A young
+    # DINO sees all chests as nearly alike, and the UNet would need long to find the little by which its tokens differ.
     vit = teacher["vit"].eval()
+    with torch.no_grad():
+        cls = torch.cat([vit(vit.prepare(to_model(get_batch(step).to(device))))[:, 0] for step in range(s.steps, s.steps + 16)])
+        centre, power = average(cls.mean(0)), average(cls.square().mean(0))
+        scale = (power - centre**2).clamp(min=1e-8).rsqrt()
+        vit.norm.bias.copy_((vit.norm.bias - centre) * scale)
+        vit.norm.weight.mul_(scale)
     if rank == 0:
-        vit.save_pretrained(folder)
+        partial = folder.with_name(folder.name + ".partial")
+        teacher["vit"].save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)  # whole or absent
         file.unlink(missing_ok=True)
     return vit
 
 
-def knn_probe(features: Tensor, labels: np.ndarray, patients: list[str], neighbours: int = 20, folds: int = 5) -> dict[str, float]:
-    """How much frozen features (n, N) know of findings (n, F) bool -> {"knn": AUC, "linear": AUC}, means over the findings.
+def knn_probe(features: Tensor, labels: np.ndarray, patients: list[str], neighbours: int = 20, folds: int = 5) -> dict:
+    """How much frozen features (n, N) know of findings (n, F) bool: {"knn": AUC, "linear": AUC}, means over the findings.
 
-    Cross-validated so that no patient is on both sides; cosine k-NN, and logistic regression on standardised features. 0.5 is chance.
+    Cross-validated, no patient on both sides, on standardised features: cosine k-NN and logistic regression. 0.5 is chance.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import GroupKFold
-    x = np.asarray(features, dtype=np.float64).reshape(len(labels), -1)
-    unit, scores = x / np.linalg.norm(x, axis=1, keepdims=True), {name: np.zeros(labels.shape) for name in ("knn", "linear")}
-    for train, test in GroupKFold(folds).split(x, groups=patients):
-        near = np.argsort(-unit[test] @ unit[train].T, axis=1)[:, :neighbours]
-        scores["knn"][test] = labels[train][near].mean(1)
-        mean, std = x[train].mean(0), x[train].std(0) + 1e-6
-        for f in range(labels.shape[1]):
-            model = LogisticRegression(C=0.1, max_iter=500).fit((x[train] - mean) / std, labels[train, f])
-            scores["linear"][test, f] = model.decision_function((x[test] - mean) / std)
-    return {name: float(np.mean([roc_auc_score(labels[:, f], s[:, f]) for f in range(labels.shape[1])])) for name, s in scores.items()}
+    features, findings = np.asarray(features, dtype=np.float64).reshape(len(labels), -1), range(labels.shape[1])
+    scores = {name: np.zeros(labels.shape) for name in ("knn", "linear")}
+    for train, test in GroupKFold(folds).split(features, groups=patients):
+        x = (features - features[train].mean(0)) / (features[train].std(0) + 1e-6)
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+        scores["knn"][test] = labels[train][np.argsort(-unit[test] @ unit[train].T, axis=1)[:, :neighbours]].mean(1)
+        for f in findings:
+            model = LogisticRegression(C=0.1, max_iter=500).fit(x[train], labels[train, f])
+            scores["linear"][test, f] = model.decision_function(x[test])
+    return {name: float(np.mean([roc_auc_score(labels[:, f], s[:, f]) for f in findings])) for name, s in scores.items()}
 
 
 if __name__ == "__main__":
