@@ -144,18 +144,19 @@ def write_json(path, value) -> None:
 
 def module_table(title: str, model: torch.nn.Module, *inputs) -> None:
     """Print the children of `model` with the shape each gives for `inputs` (tensors, on meta as well) and its parameters."""
-    rows, handles = [], []
+    rows, handles = {}, []
     for name, module in model.named_children():
-        for part, child in ([(f"{name}.{n}", m) for n, m in module.named_children()] if type(module) is torch.nn.ModuleList else [(name, module)]):
-            handles.append(child.register_forward_hook(lambda m, _, out, part=part: rows.append((part, m, tuple(out.shape)))))
-            if hasattr(child, "resnets"):  # a level of a UNet or VAE has no forward of its own: its last part speaks for it
-                last = list(child.modules())[-1]
-                handles.append(last.register_forward_hook(lambda m, _, out, part=part, child=child: rows.append((part, child, tuple(out.shape)))))
+        is_list = type(module) is torch.nn.ModuleList
+        for part, child in [(f"{name}.{n}", m) for n, m in module.named_children()] if is_list else [(name, module)]:
+            note = lambda _, __, out, part=part, child=child: rows.update({part: (child, tuple(out.shape))})
+            handles.append(child.register_forward_hook(note))
+            if hasattr(child, "resnets"):  # a level of the UNet has no forward of its own: its last part speaks for it
+                handles.append(list(child.modules())[-1].register_forward_hook(note))
     out = model(*inputs)
     for handle in handles:
         handle.remove()
     print(title)
-    for part, module, shape in rows:
+    for part, (module, shape) in rows.items():
         print(f"  {part:<22}{str(shape):>24}{sum(p.numel() for p in module.parameters()):>16,} parameters")
     print(f"  {'total':<22}{str(tuple(out.shape)):>24}{sum(p.numel() for p in model.parameters()):>16,} parameters")
 

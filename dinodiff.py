@@ -2,7 +2,7 @@
 
     python dinodiff.py train                                      the whole thing in miniature, in minutes, nothing downloaded
     torchrun --nproc_per_node=4 dinodiff.py train                 the same on four processes (GPUs, or cores of one CPU)
-    torchrun --nproc_per_node=4 dinodiff.py train --preset paper --data 'shards/*.tar'
+    torchrun --nproc_per_node=4 -- dinodiff.py train --preset paper --data 'shards/*.tar' --run runs/x
     python dinodiff.py sample --run runs/tiny --images a.png b.png --mode interpolate --out out
     python dinodiff.py cache --run runs/x --data 'shards/*.tar'   latents and tokens once, for `train --cache`
     python dinodiff.py bench                                      FLOPs, times and memory of each part on this machine
@@ -20,8 +20,10 @@ Implements paper 2.2 (latent diffusion), 2.3 (conditioning), 2.5 (training). The
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -39,7 +41,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from data import UserError, generator, load_state, optimizer_tensors, progress, restore_optimizer, save_state, to_model, write_json
+from data import (UserError, generator, load_state, optimizer_tensors, progress, restore_optimizer, save_state, to_model,
+                  write_json)
 from unet import CROSS, UNet, UNetConfig
 from vae import VAE, VAEConfig, VAESettings, train_vae
 from vit import DinoSettings, ViT, ViTConfig, train_dino
@@ -73,9 +76,8 @@ class Schedule:
 
 def _randn(like: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
     """Noise of the shape of `like`, from one generator or from one a row."""
-    if not isinstance(generator, list):
-        return torch.randn(like.shape, generator=generator, device=generator.device if generator else like.device, dtype=like.dtype).to(like.device)
-    return torch.stack([torch.randn(like.shape[1:], generator=g, device=g.device, dtype=like.dtype) for g in generator]).to(like.device)
+    draw = lambda shape, g: torch.randn(shape, generator=g, device=g.device if g else like.device, dtype=like.dtype).to(like.device)
+    return torch.stack([draw(like.shape[1:], g) for g in generator]) if isinstance(generator, list) else draw(like.shape, generator)
 
 
 @torch.no_grad()
@@ -123,7 +125,7 @@ BLOCK = 256  # elements that share one absolute maximum
 def dynamic_code(signed: bool) -> Tensor:
     """The 256 values in [-1, 1] (signed) or [0, 1] that an 8-bit state can take: dense near zero, seven decades wide.
 
-    Decade 10^(i-6)…10^(i-5), i = 0…6, is cut into 2^i (signed, for each sign) or 2^(i+1) parts; their midpoints, 0 and 1 are the code.
+    Decade 10^(i-6)…10^(i-5), i = 0…6, is cut into 2^i (signed, for each sign) or 2^(i+1) parts. Their midpoints, 0 and 1 are it.
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -149,7 +151,8 @@ def dequantize(q: Tensor, largest: Tensor, code: Tensor, like: Tensor) -> Tensor
 class Adam8bit(torch.optim.Optimizer):
     """AdamW whose two moments take one byte an element. Tensors under 4096 elements keep float32 moments."""
 
-    def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2):
+    def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 1e-2):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.codes = {}  # device -> signed code for m, unsigned code for v
 
@@ -188,6 +191,9 @@ class Adam8bit(torch.optim.Optimizer):
         else:
             state["m"], state["m_max"] = quantize(m, signed)
             state["v"], state["v_max"] = quantize(v, unsigned)
+
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}
 
 
 # ---- Settings and presets (paper 2.5) -------------------------------------------------------------------------------------
@@ -251,7 +257,8 @@ MINI = Train(
     unet_config=UNetConfig(block_out_channels=(96, 192, 256), layers_per_block=1, cross_attention_dim=256, attention_head_dim=8,
                            down_block_types=(CROSS, CROSS, CROSS), sample_size=32),
     vae_config=VAEConfig(block_out_channels=(32, 64, 96, 128), layers_per_block=1, sample_size=256),
-    vae_settings=VAESettings(batch=16, crop=128, lr=1e-3), vit_config=ViTConfig(image_size=256, patch_size=16, hidden_size=256, depth=6, heads=4),
+    vae_settings=VAESettings(batch=16, crop=128, lr=1e-3),
+    vit_config=ViTConfig(image_size=256, patch_size=16, hidden_size=256, depth=6, heads=4),
     dino_settings=DinoSettings())
 
 # CHOICE: 868,394 images / 512 = 1,696 steps an epoch, so 100 epochs are 169,600 steps; the paper says ~140,000, which we take.
@@ -267,8 +274,9 @@ PRESETS = {p.preset: p for p in (TINY, MINI, PAPER, PAPER_V2)}
 
 def preset_defaults(argv: list[str]) -> Train:
     """The preset that the command line names, whose values are then the defaults of every other flag."""
-    names = [argv[i + 1] if a == "--preset" and i + 1 < len(argv) else a[9:] for i, a in enumerate(argv) if a == "--preset" or a.startswith("--preset=")]
-    name = names[-1] if names else "tiny"
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="tiny")
+    name = parser.parse_known_args(argv)[0].preset
     if name not in PRESETS:
         raise UserError(f"found --preset {name!r}, expected one of {', '.join(PRESETS)}")
     return PRESETS[name]
@@ -344,8 +352,6 @@ def pick_device(name: str) -> torch.device:
 
 def autocast(device: torch.device, dtype: str):
     """bf16: matrix products and convolutions in bfloat16 over float32 weights; fp32: nothing."""
-    if dtype not in ("fp32", "bf16"):
-        raise UserError(f"found --dtype {dtype!r}, expected fp32 or bf16")
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
@@ -461,6 +467,10 @@ def train(settings: Train) -> None:
         unit = world * max(settings.micro_batch, 1)
         raise UserError(f"--batch {settings.batch} (over all ranks) is no multiple of {share}; the nearest that are: "
                         f"{max(unit, settings.batch // unit * unit)} and {(settings.batch // unit + 1) * unit}")
+    for flag, value, known in (("optimizer", settings.optimizer, OPTIMIZERS), ("dtype", settings.dtype, ("fp32", "bf16")),
+                               ("tokens", settings.tokens, ("global", "all"))):
+        if value not in known:
+            raise UserError(f"found --{flag} {value!r}, expected one of {', '.join(known)}")
     share = settings.batch // world
     micro = settings.micro_batch or max(m for m in range(1, min(share, 64) + 1) if share % m == 0)
     if not settings.data:
@@ -493,9 +503,13 @@ def train(settings: Train) -> None:
     config = dataclasses.replace(settings.unet_config, cross_attention_dim=vit.config.hidden_size)
     done = checkpoint_steps(folder)
     start, place = (done[-1], checkpoint_folder(folder, done[-1])) if done else (0, None)
-    source = "sd15" if settings.init == "sd15" else settings.init
-    unet = (UNet.from_pretrained(place / "unet") if place else _pretrained(UNet, SD15 + ":unet" if source == "sd15" else source, settings.offline)
-            if source else from_scratch(config)).to(device, memory_format=torch.channels_last)
+    if place:
+        unet = UNet.from_pretrained(place / "unet")
+    elif settings.init:
+        unet = _pretrained(UNet, f"{SD15}:unet" if settings.init == "sd15" else settings.init, settings.offline)
+    else:
+        unet = from_scratch(config)
+    unet.to(device, memory_format=torch.channels_last)
     if unet.config.cross_attention_dim != vit.config.hidden_size:
         raise UserError(f"the UNet takes tokens of width {unet.config.cross_attention_dim}, this DINO gives {vit.config.hidden_size}")
     unet.gradient_checkpointing = settings.gradient_checkpointing
@@ -503,10 +517,8 @@ def train(settings: Train) -> None:
     if settings.ema:
         ema = UNet(unet.config).to(device, memory_format=torch.channels_last).requires_grad_(False)
         ema.load_state_dict(UNet.from_pretrained(place / "ema").state_dict() if place else unet.state_dict())
-    kinds = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}
-    if settings.optimizer not in kinds:
-        raise UserError(f"found --optimizer {settings.optimizer!r}, expected one of {', '.join(kinds)}")
-    optimizer = kinds[settings.optimizer](unet.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=settings.weight_decay)
+    optimizer = OPTIMIZERS[settings.optimizer](unet.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-8,
+                                               weight_decay=settings.weight_decay)
     if place:
         restore_optimizer(optimizer, load_state(place / "optimizer.safetensors")[0])
         say(f"resuming at step {start}")
@@ -516,7 +528,8 @@ def train(settings: Train) -> None:
     model = DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
     schedule, log = Schedule(), Log(folder / "log.jsonl", "unet", start, is_main)
     latents = LatentCache(settings.cache, settings, images, vae, vit) if settings.cache else None
-    batches = data.batches(images, settings.batch, start, settings.seed, rank, world, micro, settings.workers, with_images=latents is None)
+    batches = data.batches(images, settings.batch, start, settings.seed, rank, world, micro, settings.workers,
+                           with_images=latents is None)
     side = settings.size // vae.config.factor
     shape = (settings.batch, unet.config.in_channels, side, side)
     bar = progress(desc="UNet", total=settings.steps, initial=start, unit="step")
@@ -557,7 +570,7 @@ def train(settings: Train) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
-            decay = min(settings.ema, (step + 1) / (step + 10))  # a short memory at first, or the average would keep the random start
+            decay = min(settings.ema, (step + 1) / (step + 10))  # a short memory at first: the start is random
             torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
         if world > 1:
             dist.all_reduce(total)
@@ -565,7 +578,7 @@ def train(settings: Train) -> None:
 
         value, now = total.item(), time.perf_counter()
         if not np.isfinite(value):
-            raise UserError(f"the loss became {value} at step {step + 1}; lower --lr (now {settings.lr:g}). Checkpoints are whole: {folder}")
+            raise UserError(f"the loss became {value} at step {step + 1}; lower --lr, now {settings.lr:g} (checkpoints are whole)")
         log({"stage": "unet", "step": step + 1, "loss": value, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
              "images_per_s": round(settings.batch / (now - clock), 2)})
         loss_mean = value if loss_mean is None else 0.95 * loss_mean + 0.05 * value
@@ -652,7 +665,7 @@ def _batch_getter(images, batch: int, settings: Train, rank: int, world: int, de
 
 
 def from_scratch(config: UNetConfig) -> UNet:
-    """A new UNet. CHOICE: residual branches and the output start at zero, so that the first prediction is 0 and depth comes gradually."""
+    """A new UNet. CHOICE: residual branches and the output start at zero: it predicts 0 at first, and depth comes gradually."""
     unet = UNet(config)
     for name, weight in unet.named_parameters():
         if name.endswith(("conv2.weight", "proj_out.weight")) or name == "conv_out.weight":
@@ -667,7 +680,7 @@ def augmented(pictures: Tensor, ids: Tensor, step: int, settings: Train) -> Tens
 
 def training_grid(run: Run, images, count: int = 8):
     """A picture for people: real X-rays, their VAE round trips, two reconstructions each, and an interpolation between neighbours."""
-    real = torch.from_numpy(np.stack([images[i] for i in range(min(count, len(images)))]))
+    real = torch.from_numpy(np.stack([images[int(i)] for i in np.linspace(0, len(images) - 1, min(count, len(images)))]))
     c = encode_tokens(run, real)
     with torch.no_grad(), autocast(run.device, run.config["dtype"]):
         round_trip = data.to_uint8(run.vae.decode(run.vae.encode(to_model(real.to(run.device)))[0]).float()).cpu()
@@ -699,9 +712,11 @@ def cache(settings: Cache) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder, device = Path(settings.run or newest_run()), pick_device(settings.device)
     config = json.loads((folder / "config.json").read_text())
-    vae, vit = (kind.from_pretrained(folder / name).to(device).eval().requires_grad_(False) for kind, name in ((VAE, "vae"), (ViT, "vit")))
+    vae, vit = (net.to(device).eval().requires_grad_(False)
+                for net in (VAE.from_pretrained(folder / "vae"), ViT.from_pretrained(folder / "vit")))
     images = data.open_data(settings.data or config["data"], config["size"], seed=config["seed"], offline=settings.offline)
-    out, info = Path(settings.out or folder / "cache"), _cache_info(config["size"], config["tokens"], config["augment"], images, vae, vit)
+    out = Path(settings.out or folder / "cache")
+    info = _cache_info(config["size"], config["tokens"], config["augment"], images, vae, vit)
     width = sum(int(np.prod(info[k])) for k in ("mean", "mean", "tokens"))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -743,7 +758,8 @@ def _cache_info(size: int, tokens: str, augment: bool, images, vae: VAE, vit: Vi
         mark = [float(p.double().abs().sum()) for net in (vae, vit) for p in (next(iter(net.parameters())),)]
         side, x = size // vae.config.factor, torch.zeros(1, 3, size, size, device=next(vit.parameters()).device)
         c = condition(vit, x, tokens)
-    keys = int(data.hash64(np.frombuffer("".join(images.keys[i] for i in range(0, len(images), max(1, len(images) // 1000))).encode(), np.uint8)).sum())
+    some = "".join(images.keys[i] for i in range(0, len(images), max(1, len(images) // 1000)))  # a thousand names tell sets apart
+    keys = hashlib.sha1(some.encode()).hexdigest()
     return {"size": size, "images": len(images), "keys": keys, "augment": augment, "encoders": [round(m, 3) for m in mark],
             "mean": [vae.config.latent_channels, side, side], "tokens": list(c.shape[1:])}
 
@@ -766,7 +782,8 @@ class LatentCache:
         """ids (b,) -> mean, logvar (b, 4, h, w), c (b, S, N) in float32, each image from a copy chosen by (seed, image, step)."""
         chosen = (data.uniforms(1, self.seed, ids, step)[:, 0] * len(self.copies)).astype(int)
         rows = torch.from_numpy(np.stack([self.copies[k][i] for k, i in zip(chosen, ids)]).astype(np.float32))
-        return [part.view(-1, *shape) for part, shape in zip(rows.split([int(np.prod(s)) for s in self.shapes], dim=1), self.shapes)]
+        parts = rows.split([int(np.prod(shape)) for shape in self.shapes], dim=1)
+        return [part.view(-1, *shape) for part, shape in zip(parts, self.shapes)]
 
 
 # ---- Sampling from a run (paper 2.3) --------------------------------------------------------------------------------------
@@ -826,7 +843,8 @@ def sample(settings: Sample) -> None:
     clock, pictures = time.perf_counter(), []
     for first in progress(range(0, len(jobs), settings.batch), desc="sample", unit="batch"):
         part = jobs[first:first + settings.batch]
-        pictures += list(generate(run, torch.stack([c for _, _, c, _ in part]), [s for *_, s in part], settings.steps, settings.eta).numpy())
+        c, seeds = torch.stack([c for _, _, c, _ in part]), [seed for *_, seed in part]
+        pictures += list(generate(run, c, seeds, settings.steps, settings.eta).numpy())
     print(f"{len(jobs) / (time.perf_counter() - clock):.2f} images/s ({settings.steps} steps, {run.device})")
 
     out, rows = Path(settings.out), {}
@@ -878,15 +896,16 @@ def bench(settings: Bench) -> None:
     torch.manual_seed(settings.seed)
     vit_config = {"facebook/dino-vitb16": ViTConfig(), "": preset.vit_config}.get(preset.vit) or \
         ViTConfig(image_size=518, patch_size=14, registers=4, layer_scale=True, layout="timm")
-    unet = UNet(dataclasses.replace(preset.unet_config, cross_attention_dim=vit_config.hidden_size)).to(device, memory_format=torch.channels_last)
-    vae, vit = (net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False) for net in (VAE(preset.vae_config), ViT(vit_config)))
+    place = dict(device=device, memory_format=torch.channels_last)
+    unet = UNet(dataclasses.replace(preset.unet_config, cross_attention_dim=vit_config.hidden_size)).to(**place)
+    vae, vit = (net.to(**place).eval().requires_grad_(False) for net in (VAE(preset.vae_config), ViT(vit_config)))
     if settings.compile and device.type == "cuda":
         unet.compile()
         vae.encoder.compile()
-    optimizer = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}[preset.optimizer](unet.parameters(), lr=1e-5)
+    optimizer = OPTIMIZERS[preset.optimizer](unet.parameters(), lr=1e-5)
     side = preset.size // vae.config.factor
-    x = torch.rand(B, 3, preset.size, preset.size, device=device).contiguous(memory_format=torch.channels_last) * 2 - 1
-    zt, t = torch.randn(B, 4, side, side, device=device).contiguous(memory_format=torch.channels_last), torch.randint(0, 1000, (B,), device=device)
+    x = (torch.rand(B, 3, preset.size, preset.size) * 2 - 1).to(**place)
+    zt, t = torch.randn(B, 4, side, side).to(**place), torch.randint(0, 1000, (B,), device=device)
     c = torch.randn(B, 1 + vit_config.registers, vit_config.hidden_size, device=device)
     pictures = torch.randint(0, 256, (B, preset.size, preset.size), dtype=torch.uint8, device=device)
 
@@ -906,7 +925,8 @@ def bench(settings: Bench) -> None:
              "DINO tokens": lambda: no_grad(lambda: condition(vit, x)), "augment": lambda: data.augment(pictures, t, 0, 0)}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{settings.preset}, {settings.dtype}, batch {B}, {name}\n  {'':<28}{'GFLOP/image':>12}{'ms/pass':>10}{'images/s':>10}{'TFLOP/s':>9}{'peak GB':>9}")
+    print(f"{settings.preset}, {settings.dtype}, batch {B}, {name}")
+    print(f"  {'':<28}{'GFLOP/image':>12}{'ms/pass':>10}{'images/s':>10}{'TFLOP/s':>9}{'peak GB' if device.type == 'cuda' else '':>9}")
     seconds = {}
     for title, part in parts.items():
         with autocast(device, settings.dtype):
@@ -923,7 +943,8 @@ def bench(settings: Bench) -> None:
                 times.append(time.perf_counter() - clock)
         seconds[title], flops = min(times), counter.get_total_flops()
         peak = f"{torch.cuda.max_memory_allocated() / 2**30:>9.2f}" if device.type == "cuda" else ""
-        print(f"  {title:<28}{flops / B / 1e9:>12.2f}{1e3 * min(times):>10.1f}{B / min(times):>10.1f}{flops / min(times) / 1e12:>9.2f}{peak}")
+        best = min(times)
+        print(f"  {title:<28}{flops / B / 1e9:>12.2f}{1e3 * best:>10.1f}{B / best:>10.1f}{flops / best / 1e12:>9.2f}{peak}")
     step = sum(seconds[k] for k in ("UNet forward and backward", "VAE encode", "DINO tokens", "augment"))
     print(f"  training: {B / step:.1f} images/s of one process, and {1e3 * seconds[type(optimizer).__name__ + ' step']:.0f} ms an optimizer step"
           f"\n  sampling, 50 DDIM steps: {B / (50 * seconds['UNet forward'] + seconds['VAE decode']):.2f} images/s")

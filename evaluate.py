@@ -13,6 +13,7 @@ Weights: FID by the paper's protocol, `xrv-224`, takes torchxrayvision's densene
 
 from __future__ import annotations
 
+import colorsys
 import contextlib
 import dataclasses
 import hashlib
@@ -23,11 +24,13 @@ import math
 import os
 import pickle
 import re
+import shutil
 import struct
 import sys
 import time
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -38,11 +41,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save
+from scipy import ndimage
 from torch import Tensor, nn
 
 import data
+import diffseg
 import dinodiff
 from data import UserError, hash64
+from unet import UNet
 from dinodiff import encode_tokens, generate, load_run
 
 XRV = "torchxrayvision/densenet121-res224-all"
@@ -123,8 +130,8 @@ class Figures(Common):
 SMALL = dict(steps=10, micro_batch=64)
 TINY = {Fid: Fid(count=160, checkpoints="all", **SMALL), Audit: Audit(count=64, **SMALL),
         Figures: Figures(candidates=24, **SMALL),
-        Classify: Classify(sizes=(50, 100), ratios=(1, 5), epochs=24, batch=32, lr=1e-2, patience=12, stop=16, size=64, growth=8,
-                           blocks=(2, 2, 2), width=16, per_shard=250, **SMALL)}
+        Classify: Classify(sizes=(50, 100), ratios=(1, 5), epochs=24, batch=32, lr=1e-2, patience=12, stop=16, size=64,
+                           growth=8, blocks=(2, 2, 2), width=16, per_shard=250, **SMALL)}
 
 
 def defaults_for(kind):
@@ -1086,7 +1093,8 @@ def table_1(s: Classify, trial: Trial, cells: Path, sizes: list[int], names: lis
     title = {"real": "real only", **EXPERIMENTS}
     lines = ["## Classification (paper 2.4, Table 1, Figure 4)", "",
              f"Macro AUC over {len(trial.names)} findings ({', '.join(trial.names)}) on {len(trial.test)} held-out images, "
-             f"mean ± SD over {s.folds} folds; run {trial.run.folder.name}, step {trial.run.step:,}. " + EPOCHS[s.equal_steps], ""]
+             f"mean ± SD over {s.folds} folds; run {trial.run.folder.name}, step {trial.run.step:,}. " +
+             EPOCHS[s.equal_steps], ""]
     lines += table(["", "strategy", "real : synthetic", *(f"N = {n}" for n in sizes)],
                    [[title[c[0]], c[1], f"1 : {c[2]}", *(show(results[n, c]) for n in sizes)] for c in names])
     lines += ["", "\\* p < 0.05 in the paired t-test against real only, as in the paper; † also with Nadeau and Bengio's "
@@ -1202,6 +1210,318 @@ def audit(s: Audit) -> str:
 def small(image: np.ndarray, most: int = 256) -> np.ndarray:
     """At most `most` pixels a side, for a picture of many."""
     return image if len(image) <= most else data.resize(image, most)
+
+
+# ---- Zero-shot lung segmentation (paper 2.4, Table 2, Figures 5 and 9–12) -------------------------------------------------
+
+PAPER_DICE = {  # Table 2 of the paper: mean and SD of Dice in %
+    "paper: Stable Diffusion 1.5 (t 300, M 32, tau 0.5)":
+        {"shenzhen": (80.7, 15.9), "jsrt": (80.9, 12.1), "montgomery": (77.3, 8.8), "combined": (80.3, 14.2)},
+    "paper: DiNOv1-Diffusion (t 300, M 16, tau 0.05)":
+        {"shenzhen": (84.2, 10.5), "jsrt": (88.4, 6.8), "montgomery": (78.3, 8.6), "combined": (84.4, 9.9)},
+    "paper: DiNOv2-Diffusion (t 300, M 16, tau 0.05)":
+        {"shenzhen": (82.3, 15.7), "jsrt": (84.7, 11.3), "montgomery": (87.1, 3.4), "combined": (83.6, 13.6)},
+    "paper: fully supervised (other works)": {"shenzhen": (98.3, None), "jsrt": (97.9, None), "montgomery": (97.7, None)}}
+ORACLE, RULE, BELIEF = 0, 1, 2  # columns of scores: Dice of either selection, and what the rule alone can see of its own
+OWN_TAU = (0.3, 0.4, 0.5, 0.6)  # CHOICE: taus of an image without any mask: these parts of the median divergence of its maps
+
+
+@dataclass
+class SegmentSettings:
+    """Settings of `python evaluate.py segment`."""
+
+    run: str = ""  # run folder, the newest one when empty
+    data: tuple[str, ...] = ("phantom",)  # folders with lung masks, or phantom: patients that training never saw
+    checkpoints: tuple[str, ...] = ("all",)  # all, newest, best, or steps
+    timesteps: tuple[int, ...] = (50, 100, 300, 500, 700)  # t of the pass; the one nearest 300 is the base
+    thresholds: tuple[float, ...] = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5, 1.0)  # tau of merging
+    grids: tuple[int, ...] = (16,)  # M, anchors a side; the first one is the base
+    last: tuple[int, ...] = (2,)  # further rows from only so many attention maps, those nearest the output
+    limit: int = 32  # images of each set, evenly spaced; 0: all
+    init: str = ""  # another UNet in a row of its own: sd15, a folder or a hub id; it must fit the run's latents
+    context: str = "empty"  # its tokens: empty (zeros), or a safetensors file with a tensor `context` (S, N)
+    noise: bool = False  # add the noise of t to the latent
+    maps: bool = True  # keep the aggregated attention in the run's eval/cache for a next time
+    seed: int = 0  # of the split into halves, the noise and the untrained network
+    device: str = "auto"  # auto, cpu or cuda
+    out: str = ""  # folder of the results, the run's eval/ when empty
+
+
+def otsu(values: np.ndarray) -> int:
+    """uint8 values -> the threshold t that separates <= t from > t with the largest variance between classes [Otsu 1979]."""
+    counts = np.bincount(values.ravel(), minlength=256).astype(float)
+    below, moment = counts.cumsum(), (counts * np.arange(256)).cumsum()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        between = (moment[-1] * below / below[-1] - moment) ** 2 / (below * (below[-1] - below))
+    return int(np.nan_to_num(between).argmax())
+
+
+def otsu_lungs(image: np.ndarray) -> np.ndarray:
+    """The floor without a network: the two largest dark regions of the picture's central 80 %. bool (size, size)."""
+    rim = len(image) // 10
+    centre = image[rim:len(image) - rim, rim:len(image) - rim]
+    regions, count = ndimage.label(centre <= otsu(centre))
+    areas = np.bincount(regions.ravel(), minlength=count + 1)
+    return np.pad(np.isin(regions, [k for k in areas[1:].argsort()[-2:] + 1 if areas[k]]), rim)
+
+
+def expected_lungs(image: np.ndarray) -> np.ndarray:
+    """What anyone knows of a frontal chest X-ray before looking closely, as weights in [0, 1] (2, size, size).
+
+    Position, size and symmetry: two upright ellipses, mirror images, 0.45 of the half-width off the middle and 0.15 above it,
+    with semi-axes 0.36 and 0.7 and a soft rim. Darkness: air is darker than the mean under them. No mask is read. The
+    numbers are round ones, chosen once after looking at where lungs lie in phantoms and public sets; so is OWN_TAU.
+    """
+    v, u = np.mgrid[-1:1:1j * len(image), -1:1:1j * len(image)]
+    place = np.stack([np.clip((1.3 - np.hypot((u - side * 0.45) / 0.36, (v + 0.15) / 0.7)) / 0.6, 0, 1) for side in (-1, 1)])
+    smooth = ndimage.gaussian_filter(image.astype(float), len(image) / 64)
+    weight = place.sum(0)
+    mean, spread = (weight * smooth).sum() / weight.sum(), smooth.std() + 1e-6
+    return place / (1 + np.exp((smooth - mean - 0.3 * spread) / (0.25 * spread)))
+
+
+def candidates(labels: np.ndarray) -> np.ndarray:
+    """Labels (size, size) -> (K, size²) float32 of 0 and 1: every segment, and every connected part of one that has several.
+
+    CHOICE: attention often gives both lungs one label, so parts stand beside wholes; a lung has over 1 % of the picture.
+    """
+    pool, least = [], labels.size / 100
+    for k in np.flatnonzero(np.bincount(labels.ravel()) > least):
+        parts, count = ndimage.label(labels == k)
+        large = np.flatnonzero(np.bincount(parts.ravel())[1:] > least) + 1
+        pool += ([labels == k] if count > 1 else []) + [parts == p for p in large]
+    return np.stack(pool or [labels >= 0]).reshape(-1, labels.size).astype(np.float32)
+
+
+def select(pool: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, float]:
+    """Non-maximum suppression: candidates (K, P) against two lungs (2, P), bool or weights -> chosen union (P,) bool, its Dice.
+
+    Greedy by Dice with one lung, the other or both: the best candidate is taken, what overlaps it is suppressed, the lungs that
+    it serves are done; so there is at most one candidate a lung. With the true masks this is the paper's *oracle* selection,
+    with `expected_lungs` it is a rule that never sees the truth. CHOICE: below a Dice of 0.2 nothing is taken.
+    """
+    target = np.concatenate([target, target.max(0, keepdims=True)]).astype(np.float32)  # left, right, both
+    dice = 2 * pool @ target.T / (pool.sum(1)[:, None] + target.sum(1))
+    chosen = np.zeros(pool.shape[1], bool)
+    while dice.max() > 0.2:
+        k, lung = divmod(int(dice.argmax()), 3)
+        chosen |= pool[k] > 0
+        dice[pool @ pool[k] > 0] = 0
+        dice[:, [lung, 2] if lung < 2 else [0, 1, 2]] = 0
+    return chosen, dice_score(chosen, target[2])
+
+
+def dice_score(a: np.ndarray, b: np.ndarray) -> float:
+    """2|a∩b| / (|a| + |b|); 1 for two empty masks."""
+    total = float(a.sum() + b.sum())
+    return 2 * float((a * b).sum()) / total if total else 1.0
+
+
+class LungImages:
+    """images uint8 (n, size, size), masks bool (n, 2, size, size) of all sets; tuning (n,) marks half of each, by patient."""
+
+    def __init__(self, settings: SegmentSettings, run: dinodiff.Run):
+        sets, images, masks, tuning, self.sets = {}, [], [], [], []
+        for spec in settings.data:
+            if spec == "phantom":  # patients of another seed than the training's; one image of each
+                found = data.open_data(spec, run.size, run.config["seed"] + 1_000_003, count=4 * (settings.limit or 256))
+                sets["phantom"] = found, range(0, len(found), 4)
+            else:
+                sets |= {name: (ds, range(len(ds))) for name, ds in data.lung_sets(spec, run.size).items()}
+        for name, (ds, rows) in sets.items():
+            rows = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), settings.limit or len(rows)))]
+            pictures = [ds[i] for i in rows]
+            broken = {key for key, _ in ds.unreadable}  # TRAP: a set replaces what it cannot read, which would not fit the mask
+            kept = [k for k, i in enumerate(rows) if ds.keys[i] not in broken]
+            images += [pictures[k] for k in kept]
+            masks += [ds.mask(rows[k]) for k in kept]
+            self.sets += [name] * len(kept)
+            half = data.split_by_patient([ds.patients[rows[k]] for k in kept], 0.5, settings.seed)[0]
+            tuning += [k in half for k in range(len(kept))]
+        self.images, self.masks, self.tuning = torch.from_numpy(np.stack(images)), np.stack(masks), np.array(tuning)
+        self.groups = {name: np.array([s == name for s in self.sets]) for name in sets}
+        self.groups |= {"Combined": np.ones(len(images), bool)} if len(sets) > 1 else {}
+
+
+@dataclass
+class Sweep:
+    """One model and its scores {(step, t, M, tau): (n, 3) of ORACLE, RULE, BELIEF}; tau None: the rule's own of OWN_TAU."""
+    name: str
+    open: Callable[[int], dinodiff.Run]  # the run at a step
+    steps: list[int]
+    c: torch.Tensor | None = None  # fixed tokens (S, N), where they are not the image's own
+    last: int = 0  # aggregate only so many maps, those nearest the output; 0: all, as published
+    scores: dict = dataclasses.field(default_factory=dict)
+
+    def best(self, column: int, which: np.ndarray) -> tuple:
+        """The setting, one tau for all, with the highest mean over the images `which`."""
+        return max((key for key in self.scores if key[3]), key=lambda key: self.scores[key][which, column].mean())
+
+
+def stored_attention(sweep: Sweep, run: dinodiff.Run, images: torch.Tensor, t: int, settings: SegmentSettings) -> torch.Tensor:
+    """A (B, S², S²) float32 of images uint8 (B, size, size), from the run's eval/cache, or computed and put there as fp16.
+
+    A file an image, named by model, checkpoint, t and the picture's own bytes: a killed run goes on, and a set may grow.
+    """
+    kind = f"{sweep.name}-{run.step:07d}-t{t:03d}" + (f"-noise{settings.seed}" if settings.noise else "")
+    names = [hashlib.sha1(image.numpy().tobytes()).hexdigest()[:24] for image in images]
+    files = [run.folder / "eval" / "cache" / re.sub(r"\W+", "-", kind) / f"{name}.safetensors" for name in names]
+    new, fresh = [i for i, file in enumerate(files) if not file.is_file()], {}
+    if new:
+        c = dinodiff.encode_tokens(run, images[new]) if sweep.c is None else sweep.c.expand(len(new), -1, -1)
+        seeds = [settings.seed + int(names[i][:8], 16) for i in new] if settings.noise else None
+        for i, A in zip(new, diffseg.attention(run, images[new], c, t, seeds, sweep.last).cpu()):
+            fresh[i] = (A * len(A)).half()  # TRAP: entries near 1/4096 would lose half of fp16's digits; these have mean 1
+            if settings.maps:
+                data.write_file(files[i], save({"A": fresh[i]}))
+    A = torch.stack([fresh[i] if i in fresh else load_file(file)["A"] for i, file in enumerate(files)]).float()
+    return A / A.sum(2, keepdim=True)
+
+
+def measure(sweep: Sweep, step: int, t: int, lungs: LungImages, settings: SegmentSettings) -> None:
+    """Score every grid and threshold at one checkpoint and timestep, into sweep.scores."""
+    run, n = sweep.open(step), len(lungs.images)
+    batch = max(1, min(16, 2**20 // (run.size // run.vae.config.factor) ** 4))  # maps of a batch: as much as one 512 px image
+    rows = {(step, t, grid, tau): np.zeros((n, 3)) for grid in settings.grids for tau in (*settings.thresholds, None)}
+    for i in data.progress(range(n), desc=f"{sweep.name}, step {step}, t {t}", unit=" images"):
+        if i % batch == 0:
+            block = stored_attention(sweep, run, lungs.images[i:i + batch], t, settings)
+        A, truth = block[i % batch].to(run.device), lungs.masks[i].reshape(2, -1)
+        prior = expected_lungs(lungs.images[i].numpy()).reshape(2, -1)
+        for grid in settings.grids:
+            first = diffseg.divergence(A[diffseg.anchors(math.isqrt(len(A)), grid).to(A.device)], A)  # for all thresholds
+            def score(tau):
+                pool = candidates(diffseg.label(diffseg.merge(A, grid, tau, first=first), run.size).cpu().numpy())
+                chosen, belief = select(pool, prior)
+                return select(pool, truth)[1], dice_score(chosen, truth.any(0)), belief
+            for tau in settings.thresholds:
+                rows[step, t, grid, tau][i] = score(tau)
+            middle = first.median().item()
+            rows[step, t, grid, None][i] = max((score(part * middle) for part in OWN_TAU), key=lambda row: row[BELIEF])
+    sweep.scores |= rows
+
+
+def segment(settings: SegmentSettings) -> str:
+    """Table 2 and Figures 5 and 9–12 of a run -> Markdown, also in eval/segment.md beside segment.json and the PNGs.
+
+    Every model is searched alike: all its checkpoints at the base timestep, then all timesteps at the checkpoint that is best
+    on the tuning half; every grid and threshold at each.
+    """
+    if not settings.timesteps or not all(0 <= t < 1000 for t in settings.timesteps):
+        raise UserError(f"found --timesteps {settings.timesteps}, expected numbers from 0 to 999")
+    folder = Path(settings.run or dinodiff.newest_run())
+    run = dinodiff.load_run(folder, None, settings.device)
+    lungs, out = LungImages(settings, run), Path(settings.out) if settings.out else folder / "eval"
+    steps = run.checkpoints if "all" in settings.checkpoints else sorted({
+        dinodiff.load_run(folder, s if s == "best" else None if s == "newest" else int(s)).step for s in settings.checkpoints})
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        nets = {f"untrained UNet (seed {settings.seed})": (UNet(run.unet.config), None)}
+    if settings.init:
+        net = UNet.from_pretrained(dinodiff.SD15, "unet") if settings.init == "sd15" else UNet.from_pretrained(settings.init)
+        # CHOICE: without a text encoder "empty" is one zero token: cross-attention then adds its bias, and no text at all.
+        empty = settings.context == "empty"
+        c = torch.zeros(1, net.config.cross_attention_dim) if empty else load_file(settings.context)["context"].float()
+        nets[f"{settings.init} ({Path(settings.context).stem} context)"] = net, c
+    opened = lambda step: dinodiff.load_run(folder, step, settings.device)
+    sweeps = [Sweep("this run", opened, steps)]
+    sweeps += [Sweep(f"this run, last {last} of its maps", opened, steps, last=last) for last in settings.last]
+    for name, (net, c) in nets.items():
+        frozen = dataclasses.replace(run, unet=net.to(run.device).eval().requires_grad_(False), step=0)
+        sweeps.append(Sweep(name, lambda step, frozen=frozen: frozen, [0], c))
+    passes = sum(len(sweep.steps) - 1 + len(settings.timesteps) for sweep in sweeps)
+    need = passes * len(lungs.images) * 2 * (run.size // run.vae.config.factor) ** 4 if settings.maps else 0
+    print(f"{len(lungs.images)} images, {passes} passes each, {need / 1e9:.2f} GB of attention maps in {folder / 'eval/cache'}")
+    if need > shutil.disk_usage(folder).free:
+        raise UserError(f"found {shutil.disk_usage(folder).free / 1e9:.0f} GB free, expected {need / 1e9:.0f} GB for the maps: "
+                        "use --no-maps, a smaller --limit or fewer --timesteps and --checkpoints")
+    base = min(settings.timesteps, key=lambda t: abs(t - 300))
+    for sweep in sweeps:
+        for step in sweep.steps:
+            measure(sweep, step, base, lungs, settings)
+        step = sweep.best(ORACLE, lungs.tuning)[0]
+        for t in sorted(set(settings.timesteps) - {base}):
+            measure(sweep, step, t, lungs, settings)
+    rows = table_rows(sweeps, lungs, settings, base)
+    worth = lambda sweep: sweep.scores[sweep.best(ORACLE, lungs.tuning)][lungs.tuning, ORACLE].mean()
+    pictures = segment_figures(max(sweeps[:1 + len(settings.last)], key=worth), lungs, settings, base, out)
+    cell = lambda v: "–" if v is None else f"{v[0]:.1f}" if v[1] is None else f"{v[0]:.1f} ± {v[1]:.1f}"
+    lines = ["Dice (%), mean ± SD | " + " | ".join(f"{name} ({group.sum()})" for name, group in lungs.groups.items())]
+    lines += ["|".join(["---"] * (len(lungs.groups) + 1))]
+    for title, row in (rows | PAPER_DICE).items():
+        lines += [" | ".join([title] + [cell(row.get(name) or row.get(name.lower())) for name in lungs.groups])]
+    text = "\n".join(["## Zero-shot lung segmentation (Table 2)", "", *(f"| {line} |" for line in lines), "",
+                      *(f"![{p.stem}]({p.name})" for p in pictures), ""])
+    data.write_file(out / "segment.md", text)
+    mean = lambda score: {name: score[group].mean(0)[:2].round(4).tolist() for name, group in lungs.groups.items()}
+    cells = {sweep.name: [dict(zip(("step", "t", "M", "tau"), key)) | mean(score) for key, score in sweep.scores.items()]
+             for sweep in sweeps}
+    data.write_json(out / "segment.json", {"settings": dataclasses.asdict(settings), "table": rows, "paper": PAPER_DICE,
+                                                "mean Dice of oracle and rule at every setting": cells})
+    print(f"{text}-> {out / 'segment.md'}")
+    return text
+
+
+def table_rows(sweeps: list[Sweep], lungs: LungImages, settings: SegmentSettings, base: int) -> dict[str, dict[str, tuple]]:
+    """{row: {set: (mean, SD) of Dice in %}}; a row says who chose the segments, and on which images its setting was chosen."""
+    everyone, truth, rows = np.ones(len(lungs.sets), bool), lungs.masks.any(1), {}
+    row = lambda dice, which: {name: (100 * dice[group & which].mean(), 100 * dice[group & which].std())
+                               for name, group in lungs.groups.items() if (group & which).any()}
+    say = lambda key: f"step {key[0]}, t {key[1]}, M {key[2]}, tau {key[3] or 'of each image'}"
+    for sweep in sweeps:
+        for column, who in ((ORACLE, "oracle"), (RULE, "rule")):
+            for how, tuning, test in (("tuned on these images, as the paper does", everyone, everyone),
+                                      ("tuned on one half, scored on the other", lungs.tuning, ~lungs.tuning)):
+                key = sweep.best(column, tuning)
+                rows[f"{sweep.name}, {who}, {how} ({say(key)})"] = row(sweep.scores[key][:, column], test)
+        key = sweep.steps[-1], base, settings.grids[0], None
+        rows[f"{sweep.name}, rule, no mask used at all ({say(key)})"] = row(sweep.scores[key][:, RULE], everyone)
+    expectation = lambda image: expected_lungs(image).max(0) > 0.5
+    for name, guess in (("the rule's expectation alone", expectation), ("Otsu's threshold, two dark regions", otsu_lungs)):
+        scores = [dice_score(guess(image), mask) for image, mask in zip(lungs.images.numpy(), truth)]
+        rows[f"no network: {name}"] = row(np.array(scores), everyone)
+    return rows
+
+
+def segment_figures(sweep: Sweep, lungs: LungImages, settings: SegmentSettings, base: int, out: Path) -> list[Path]:
+    """Figures 10 (checkpoints), 11 (tau) and 12 (t), the other settings at their best, and the gallery of Figures 5 and 9."""
+    best, paths, names = sweep.best(ORACLE, np.ones(len(lungs.sets), bool)), [], ("step", "t", "M", "tau")
+    for number, axis, label in ((10, 0, "training step"), (11, 3, "merge threshold tau"), (12, 1, "timestep t")):
+        fixed = [None if i == axis else base if (axis, i) == (0, 1) else v for i, v in enumerate(best)]
+        keys = sorted(key for key in sweep.scores if key[3] and all(f in (None, v) for f, v in zip(fixed, key)))
+        if len(keys) > 1:
+            line = lambda keys, column, group: ([key[axis] for key in keys], [
+                100 * sweep.scores[key][group, column].mean() for key in keys], None)
+            series = {f"{name}, oracle": line(keys, ORACLE, group) for name, group in lungs.groups.items()}
+            name, group = list(lungs.groups.items())[-1]
+            series[f"{name}, rule"] = line(keys, RULE, group)
+            if axis != 3:
+                series[f"{name}, rule, tau of each image"] = line([(*key[:3], None) for key in keys], RULE, group)
+            rest = ", ".join(f"{n} {v:g}" for n, v in zip(names, fixed) if v is not None)
+            title = f"Dice by {label} ({sweep.name}; {rest})"
+            paths.append(Path(plot_lines(out / f"figure{number}.png", series, title, label, "Dice (%)", log_x=axis == 3)))
+    dice, run, rows = sweep.scores[best][:, ORACLE], sweep.open(best[0]), []
+    for name in dict.fromkeys(lungs.sets):
+        order, few = sorted(np.flatnonzero(lungs.groups[name]), key=lambda i: -dice[i]), 4 if len(lungs.groups) == 1 else 2
+        rows += [(f"{name}, {kind}", i) for kind, part in (("best", order[:few]), ("worst", order[few:][-few:])) for i in part]
+    panels, captions = [], []
+    for _, i in rows:
+        image, truth = lungs.images[i].numpy(), lungs.masks[i]
+        A = stored_attention(sweep, run, lungs.images[i:i + 1], best[1], settings)[0].to(run.device)
+        labels = diffseg.segment(A, run.size, best[2], best[3]).cpu().numpy()
+        picks = [select(candidates(labels), target.reshape(2, -1))[0] for target in (truth, expected_lungs(image))]
+        picks = [pick.reshape(image.shape) for pick in picks]
+        grey = np.stack([image] * 3, 2).astype(float)
+        tint = lambda mask, colour: np.where(mask[..., None], 0.6 * grey + 0.4 * np.array(colour), grey)
+        colours = np.array([colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.75, 255) for k in range(labels.max() + 1)])
+        panels += [grey, tint(truth.any(0), (0, 220, 90)), 0.5 * grey + 0.5 * colours[labels],
+                   tint(picks[0], (255, 170, 0)), tint(picks[1], (60, 150, 255))]
+        captions += ["X-ray", "true lungs", f"{labels.max() + 1} segments"]
+        captions += [f"{who} {100 * dice_score(pick, truth.any(0)):.0f} %" for who, pick in zip(("oracle", "rule"), picks)]
+    thin = -(-run.size // 256)  # a picture of at most 256 px each
+    sheet = data.grid([p[::thin, ::thin].astype(np.uint8) for p in panels], 5, captions, [title for title, _ in rows])
+    data.save_png(out / "figure5-9.png", sheet)
+    return [*paths, out / "figure5-9.png"]
 
 
 # ---- Figures 2, 6, 7 and 8: pictures of samples ---------------------------------------------------------------------------
@@ -1465,12 +1785,13 @@ def convert(s: Convert) -> None:
     print(f"-> {s.out}/model.safetensors; use it with --xrv {s.out}")
 
 
-COMMANDS = {"figures": (Figures, figures), "fid": (Fid, fid), "classify": (Classify, classify), "audit": (Audit, audit)}
+COMMANDS = {"figures": (Figures, figures), "fid": (Fid, fid), "classify": (Classify, classify), "audit": (Audit, audit),
+            "segment": (SegmentSettings, segment)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    commands = {"": (Common(), evaluate_all)} | {name: (defaults_for(kind), function) for name, (kind, function) in COMMANDS.items()}
-    data.command_line(__doc__, commands | {"convert": (Convert(), convert)}, argv)
+    commands = {name: (defaults_for(kind), function) for name, (kind, function) in COMMANDS.items()}
+    data.command_line(__doc__, {"": (Common(), evaluate_all), **commands, "convert": (Convert(), convert)}, argv)
 
 
 if __name__ == "__main__":
