@@ -39,11 +39,11 @@ import diffseg
 import dinodiff
 import evaluate
 import unet as unet_file
-from data import FINDINGS, UserError, hash64, read_weights, render_phantom, to_model
+from data import FINDINGS, UserError, read_weights, render_phantom, to_model, write_weights
 from dinodiff import Adam8bit, Schedule, ddim_sample, ddpm_sample
 from unet import CROSS, UNet, UNetConfig
 from vae import VAE, Downsample, VAEConfig, VAESettings, train_vae
-from vit import DinoSettings, Head, ViT, ViTConfig, crop, knn_probe, native_names, train_dino
+from vit import DinoSettings, ViT, ViTConfig, crop, knn_probe, train_dino
 
 HERE = Path(__file__).parent
 LAYOUTS = HERE.parent / "shared" / "layouts"  # key -> shape of the public checkpoints, where the checkout has them beside it
