@@ -212,7 +212,7 @@ def read_weights(source, subfolder: str | None = None, revision: str | None = No
             found = sorted(p.name for p in folder.glob("*"))[:8] if folder.is_dir() else "no such folder"
             raise UserError(f"no weights in {folder}: found {found}, expected one of {', '.join(WEIGHT_NAMES)}")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        fetch = lambda name: _from_hub(str(source), "/".join(filter(None, [subfolder, name])), revision, offline)
+        fetch = lambda name: hub_file(str(source), "/".join(filter(None, [subfolder, name])), revision, offline)
         config, files = fetch("config.json"), _weight_files(source, fetch)
         if not files:
             raise UserError(f"{source} on the hub holds none of {', '.join(WEIGHT_NAMES)} (revision {revision or 'main'})")
@@ -244,7 +244,7 @@ def _weight_files(place, fetch) -> list[Path]:
     return []
 
 
-def _from_hub(repository: str, name: str, revision: str | None, offline: bool, kind: str = "model", folder=None) -> Path | None:
+def hub_file(repository: str, name: str, revision: str | None, offline: bool, kind: str = "model", folder=None) -> Path | None:
     """One file of a hub repository (a "model" or a "dataset"), through huggingface-hub's cache, or into `folder` where that
     does not have it; None where the repository has no such file."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -1312,7 +1312,7 @@ class Remote:
             try:
                 if self.repository:
                     there = f"{self.inside}/{name}".lstrip("/")
-                    found = _from_hub(self.repository, there, self.revision, self.offline, "dataset", self.folder / "hub")
+                    found = hub_file(self.repository, there, self.revision, self.offline, "dataset", self.folder / "hub")
                     if found is None:
                         raise FileNotFoundError(f"{self.repository} has no {there}")
                     os.replace(found, partial) if self.folder in found.parents else partial.symlink_to(found)
@@ -1449,7 +1449,7 @@ def _sources(source: str, out: Path, offline: bool, names):
         remote, base = Remote(source, 0, offline), source
         pattern = f"{remote.inside}/{remote.pattern}".lstrip("/")
         files = fnmatch.filter(hub_files(remote.repository, remote.revision, offline), pattern)
-        fetch = lambda f: _from_hub(remote.repository, f, remote.revision, offline, "dataset")
+        fetch = lambda f: hub_file(remote.repository, f, remote.revision, offline, "dataset")
     else:
         root = Path(source).expanduser().absolute()
         base = root.as_posix()

@@ -224,7 +224,7 @@ class Train:
     vae: str = ""  # folder, file or hub id of a trained VAE (`hub id:subfolder`); empty: train one first
     vit: str = ""  # the same for DINO
     vae_steps: int = 800  # of the VAE's training, where one is trained
-    vit_steps: int = 150  # of DINO's
+    vit_steps: int = 250  # of DINO's
     cache: str = ""  # folder that `dinodiff.py cache` wrote: train on stored latents and tokens
     augment: bool = True  # random sharpening and affine maps (paper 2.5)
     seed: int = 0
@@ -245,8 +245,7 @@ class Train:
     vae_settings: VAESettings = field(default_factory=VAESettings, metadata=NOT_A_FLAG)
     vit_config: ViTConfig = field(default_factory=lambda: ViTConfig(
         image_size=64, patch_size=8, hidden_size=128, depth=4, heads=4, mlp_ratio=2.0), metadata=NOT_A_FLAG)
-    dino_settings: DinoSettings = field(default_factory=lambda: DinoSettings(
-        global_size=48, local_size=24, local_crops=2, out_dim=128, momentum=0.97), metadata=NOT_A_FLAG)
+    dino_settings: DinoSettings = field(default_factory=DinoSettings, metadata=NOT_A_FLAG)
 
 
 TINY = Train()
@@ -259,7 +258,8 @@ MINI = Train(
     vae_config=VAEConfig(block_out_channels=(32, 64, 96, 128), layers_per_block=1, sample_size=256),
     vae_settings=VAESettings(batch=16, crop=128, lr=1e-3),
     vit_config=ViTConfig(image_size=256, patch_size=16, hidden_size=256, depth=6, heads=4),
-    dino_settings=DinoSettings())
+    dino_settings=DinoSettings(batch=64, lr=5e-4, momentum=0.99, out_dim=1024, head_hidden=1024, head_bottleneck=128, global_size=224,
+                               local_size=96, local_crops=4))
 
 # CHOICE: 868,394 images / 512 = 1,696 steps an epoch, so 100 epochs are 169,600 steps; the paper says ~140,000, which we take.
 PAPER = Train(

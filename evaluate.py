@@ -227,7 +227,7 @@ class DenseNet(nn.Module):
         path = Path(source).expanduser() / (subfolder or "")
         path = path / "model.pt" if path.is_dir() and not list(path.glob("*.safetensors")) else path
         if str(source) == XRV and not path.exists():
-            path = data._from_hub(XRV, "model.pt", revision, offline) or path
+            path = data.hub_file(XRV, "model.pt", revision, offline) or path
         if path.suffix in (".pt", ".pth", ".bin") and path.is_file():
             state = read_pickled_tensors(path)
             print(f"read {path} without executing it; to keep it as safetensors: python evaluate.py convert {path} --out xrv",

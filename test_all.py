@@ -1565,24 +1565,23 @@ def test_dino_on_two_ranks_equals_one(tmp_path):
     assert np.isclose(one[0]["grad_norm"], two[0]["grad_norm"], rtol=1e-5)
 
 
-def test_dino_learns_features_that_survive_what_pixels_do_not(tmp_path):
-    """Collapse, a teacher that never moves, or a loss with the wrong sign: features no better than those of random weights."""
-    settings = DinoSettings(steps=120, batch=32, out_dim=128, head_hidden=64, head_bottleneck=32, global_size=32, local_size=16,
-                            lr=2e-3, local_crops=2)
-    log = []
-    trained = train_dino(TINY, settings, lambda step: discs(step, 32), tmp_path / "vit", log=log.append)
-    assert 0.2 < log[-1]["teacher_entropy"] < 4.8 and log[-1]["feature_spread"] > 0.1  # collapse: 0 or ln 128 = 4.85; 0
-    images = discs(10 ** 6, 400)
-    labels = (images.flatten(1).float().mean(1, keepdim=True) > images.float().mean()).numpy()  # a large disc is brighter in all
-    images = (crop(images, 32, (1.0, 1.0), 0.4, 7, np.arange(400))[:, 0] * 255).to(torch.uint8)  # ... until exposures differ
+def test_dino_learns_to_know_an_image_by_any_view_of_it(tmp_path):
+    """Collapse, a teacher that never moves, or a loss with the wrong sign: no better than random weights at finding the other view."""
+    settings = DinoSettings(steps=250, out_dim=128, head_hidden=64, head_bottleneck=32, global_size=32, local_size=16)
+    rows = []
+    trained = train_dino(TINY, settings, lambda step: discs(step, 32), tmp_path / "vit", log=rows.append)
     torch.manual_seed(0)
-    with torch.no_grad():
-        features = {"pixels": images.float()} | {name: net(net.prepare(to_model(images)))[:, 0] for name, net in (
-            ("trained", trained), ("untrained", ViT(TINY).eval()))}
-        tokens = trained(trained.prepare(to_model(torch.cat([discs(step, 32) for step in range(120, 136)]))))[:, 0]
-    auc = {name: knn_probe(x, labels, list(range(400)))["knn"] for name, x in features.items()}
-    assert auc["trained"] > auc["untrained"] + 0.015 and auc["trained"] > auc["pixels"] + 0.08, auc
-    assert tokens.mean(0).abs().max() < 1e-3 and (tokens.std(0) - 1).abs().max() < 0.01, "each dimension has unit variance"
+    found, images = {}, discs(10 ** 6, 200)
+    for name, net in (("trained", trained), ("untrained", ViT(TINY).eval())):
+        with torch.no_grad():
+            tokens = [net(crop(images, 32, (0.7, 1.0), 0.3, 7, 0, view, np.arange(200)).expand(-1, 3, -1, -1))[:, 0] for view in (0, 1)]
+        a, b = (F.normalize((c - c.mean(0)) / c.std(0), dim=-1) for c in tokens)
+        found[name] = ((a @ b.T).argsort(1, descending=True)[:, :10] == torch.arange(200)[:, None]).any(1).float().mean().item()
+    assert 0.2 < rows[-1]["teacher_entropy"] < 4.6 and rows[-1]["feature_spread"] > 0.1  # collapse: 0 or ln 128 = 4.85; 0
+    assert found["trained"] > found["untrained"] + 0.1, found
+    with torch.no_grad():  # what the last batches of get_batch show is what the final norm was rescaled to
+        tokens = trained(trained.prepare(to_model(torch.cat([discs(step, 32) for step in range(250, 266)]))))[:, 0]
+    assert tokens.mean(0).abs().max() < 1e-3 and (tokens.std(0) - 1).abs().max() < 0.01
 
 
 def test_knn_probe_is_one_for_what_tells_and_chance_for_what_only_knows_the_patient():

@@ -140,8 +140,8 @@ def start_weights(module: nn.Module) -> None:
     for name, p in module.named_parameters():
         if p.ndim == 2:
             nn.init.xavier_normal_(p)
-        elif p.ndim == 3:  # tokens and positions
-            nn.init.trunc_normal_(p, std=0.02)
+        elif p.ndim == 3:  # tokens and positions. CHOICE: 0.3 for positions, else a short training is blind to where things are
+            nn.init.trunc_normal_(p, std=0.3 if name == "pos_embed" else 0.02)
         elif name.endswith(".bias") and "patch_embed" not in name:
             nn.init.zeros_(p)
 
@@ -314,7 +314,7 @@ def _beside(source, name: str, subfolder: str | None, revision: str | None, offl
     if path.exists():
         file = path.with_name(name) if path.is_file() else path / (subfolder or "") / name
         return file if file.is_file() else None
-    return data._from_hub(str(source), "/".join(filter(None, [subfolder, name])), revision, offline)
+    return data.hub_file(str(source), "/".join(filter(None, [subfolder, name])), revision, offline)
 
 
 # ---- Self-distillation from scratch (Caron et al. 2021) -------------------------------------------------------------------
@@ -327,26 +327,30 @@ class DinoSettings:
     steps: int = 300
     batch: int = 32  # images in all, over the ranks
     lr: float = 1e-3  # peak, for this batch; linear warm-up over the first 10 % of the steps, then a cosine to lr / 100
-    weight_decay: tuple[float, float] = (0.04, 0.4)  # from, to, by a cosine
-    momentum: float = 0.99  # of the teacher's moving average, to 1 by a cosine
+    weight_decay: tuple[float, float] = (0.04, 0.04)  # from, to, by a cosine
+    momentum: float = 0.95  # of the teacher's moving average, to 1 by a cosine
     student_temperature: float = 0.1
-    teacher_temperature: tuple[float, float] = (0.04, 0.06)  # from, to, linearly over the first 30 % of the steps
+    teacher_temperature: tuple[float, float] = (0.04, 0.04)  # from, to, linearly over the first 30 % of the steps
     head_hidden: int = 256
     head_bottleneck: int = 64
-    out_dim: int = 1024  # K, prototypes
-    global_size: int = 64  # pixels of the two global crops
-    global_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
-    local_crops: int = 4
-    local_size: int = 32
-    local_scale: tuple[float, float] = (0.1, 0.4)
-    jitter: float = 0.4  # strength of gamma and blur
-    frozen: float = 0.05  # share of the steps in which the head's last layer stays as it is
+    out_dim: int = 256  # K, prototypes
+    global_size: int = 48  # pixels of the two global crops
+    global_scale: tuple[float, float] = (0.7, 1.0)  # share of the image's area
+    local_crops: int = 2
+    local_size: int = 24
+    local_scale: tuple[float, float] = (0.3, 0.7)  # CHOICE: large, or a finding is in few views of its image and is unlearnt
+    jitter: float = 0.3  # strength of gamma and blur
+    frozen: float = 1.0  # share of the steps in which the prototypes stay as they are. CHOICE: all; let go, they become one
     clip: float = 3.0  # largest gradient norm
     seed: int = 0
 
 
 class Head(nn.Module):
-    """(B, N) -> cosines with K prototypes (B, K): an MLP to a unit vector, a last layer of unit rows (weight norm, g = 1)."""
+    """(B, N) -> cosines with K prototypes (B, K): an MLP, standardised over the batch, and a last layer of unit rows.
+
+    CHOICE: chest X-rays are so alike that what their features share would outweigh what tells them apart, and both networks
+    would agree on that; standardising (batch norm without parameters) takes it out. `average`: over the ranks, differentiable.
+    """
 
     def __init__(self, width: int, s: DinoSettings):
         super().__init__()
@@ -355,10 +359,12 @@ class Head(nn.Module):
         self.last = nn.Linear(s.head_bottleneck, s.out_dim, bias=False)
         start_weights(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, average: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         x = self.mlp(x)
         with torch.autocast(x.device.type, enabled=False):  # cosines are divided by 0.04: bf16's three digits are too few
-            return F.normalize(x.float(), dim=-1) @ F.normalize(self.last.weight, dim=-1).T
+            x = x.float() - average(x.float().mean(0))
+            x = x / (average(x.square().mean(0)) + 1e-6).sqrt()
+            return F.normalize(x, dim=-1) @ F.normalize(self.last.weight, dim=-1).T  # weight norm with g = 1
 
 
 def crop(images: Tensor, size: int, scale: tuple[float, float], jitter: float, *draw) -> Tensor:
@@ -416,10 +422,7 @@ def train_dino(config: ViTConfig, settings: DinoSettings, get_batch: Callable[[i
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (config.mean, config.std))
     cosine = lambda start, end, at: end + (start - end) * 0.5 * (1 + math.cos(math.pi * at))
 
-    def average(tensor: Tensor) -> Tensor:  # over the ranks
-        if world > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor / world
+    average = lambda x: torch.distributed.nn.functional.all_reduce(x) / world if world > 1 else x  # differentiable
 
     bar = progress(desc="DINO", total=s.steps, initial=start, unit="step")
     for step in range(start, s.steps):
@@ -434,12 +437,10 @@ def train_dino(config: ViTConfig, settings: DinoSettings, get_batch: Callable[[i
 
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
             with torch.no_grad():
-                cls = teacher["vit"](views[0])[:, 0].float()  # (2b, N)
-                common = average(cls.mean(0))
-                spread = average((cls - common).square().mean(0)).add(1e-6).sqrt()
-                out = teacher["head"]((cls - common) / spread)  # (2b, K)
+                cls = teacher["vit"](views[0])[:, 0]  # (2b, N)
+                out = teacher["head"](cls, average)  # (2b, K)
                 out = out - average(out.mean(0))
-            guesses = torch.cat([student["head"]((student["vit"](part)[:, 0] - common) / spread) for part in views])
+            guesses = torch.cat([student["head"](student["vit"](part)[:, 0], average) for part in views])
         low, high = s.teacher_temperature
         target = (out / (low + (high - low) * min(1.0, at / 0.3))).softmax(-1)
         guesses = (guesses / s.student_temperature).log_softmax(-1).chunk(2 + s.local_crops)  # each (b, K)
@@ -462,14 +463,15 @@ def train_dino(config: ViTConfig, settings: DinoSettings, get_batch: Callable[[i
                 old.lerp_(new, 1 - cosine(s.momentum, 1, at))
             entropy = -(target * target.clamp_min(1e-12).log()).sum(-1).mean()
             loss, entropy = average(torch.stack([loss, entropy])).tolist()
-            ratio = (spread.square().sum() / (spread.square() + common.square()).sum()).sqrt().item()
+            mean_cls, power = average(cls.float().mean(0)), average(cls.float().square().sum(1).mean())
+            spread = (1 - mean_cls.square().sum() / power).clamp_min(0).sqrt().item()
         if not math.isfinite(loss):
             raise UserError(f"DINO's loss became {loss} at step {step + 1}: take a smaller lr than {s.lr}")
         # Collapse shows as a teacher_entropy of 0 or ln K, or as a feature_spread (deviation / root mean square) of 0.
         log({"stage": "vit", "step": step + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
-             "teacher_entropy": entropy, "feature_spread": ratio,
+             "teacher_entropy": entropy, "feature_spread": spread,
              "images_per_s": len(images) * world / (time.monotonic() - began)})
-        bar.set_postfix_str(f"loss {loss:.3f}, entropy {entropy:.2f}, spread {ratio:.2f}", refresh=False)
+        bar.set_postfix_str(f"loss {loss:.3f}, entropy {entropy:.2f}, spread {spread:.2f}", refresh=False)
         bar.update()
         if should_stop():
             save(step + 1)
