@@ -331,7 +331,7 @@ def save_state(path, tensors: dict[str, torch.Tensor], info: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt", "info": json.dumps(info)})
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"info": json.dumps(info)})
         os.replace(partial, path)
     except SafetensorError as error:  # a full disk arrives as this, not as OSError
         raise OSError(f"could not write {path}: {error}") from None

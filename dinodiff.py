@@ -584,20 +584,18 @@ def train(settings: Train) -> None:
         loss_mean = value if loss_mean is None else 0.95 * loss_mean + 0.05 * value
         bar.set_postfix_str(f"loss {loss_mean:.4f}, {settings.batch / (now - clock):.1f} images/s", refresh=False)
         bar.update()
-        clock = now
 
         ends = step + 1 == settings.steps
         stops = stop.agreed()
         if is_main and (ends or stops or (step + 1) % settings.checkpoint_every == 0):
-            save_checkpoint(folder, step + 1, unet, ema, optimizer, {"step": step + 1, "loss": loss_mean})
+            save_checkpoint(folder, step + 1, unet, ema, optimizer, {"step": step + 1, "loss": value})
         if is_main and not stops and (ends or (step + 1) % settings.sample_every == 0):
             frozen = ema if ema is not None else unet
             run = Run(folder, dataclasses.asdict(settings), settings.size, step + 1, frozen, vae, vit, schedule, device)
             data.save_png(folder / "samples" / f"step-{step + 1:07d}.png", training_grid(run, images))
         if stops:
             break
-        if not is_main:
-            clock = time.perf_counter()
+        clock = time.perf_counter()  # the time of checkpoints and pictures is not the next step's
     bar.close()
     if start >= settings.steps:
         say(f"{folder} already has its {settings.steps} steps; raise --steps to go on")

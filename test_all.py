@@ -561,6 +561,9 @@ def test_train_killed_and_resumed_equals_the_uninterrupted_run_bit_for_bit(works
         log.write('{"stage": "unet", "st')  # what a kill in the middle of a line leaves
     run("train", "--data", "xrays", "--run", "killed")
     assert same_checkpoints(folder / "whole", place, 12)
+    for file in ("optimizer.safetensors", "progress.json"):  # to the byte: what stands beside the tensors is the same too
+        whole, again = (dinodiff.checkpoint_folder(run_folder, 12) / file for run_folder in (folder / "whole", place))
+        assert whole.read_bytes() == again.read_bytes(), file
     assert log_rows(place) == log_rows(folder / "whole")
 
 
