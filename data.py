@@ -35,6 +35,7 @@ import typing
 import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -309,34 +310,29 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], source)
     return model
 
 
-def write_weights(folder, config: dict, state: dict[str, torch.Tensor], name: str = "diffusion_pytorch_model.safetensors") -> None:
-    """Write `folder`/config.json and `folder`/`name`, each whole or not at all, as diffusers and transformers read them."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
-    partial = folder / f".{name}.{os.getpid()}.partial"
-    try:
-        # TRAP: without {"format": "pt"} transformers refuses the file.
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, partial, metadata={"format": "pt"})
-        os.replace(partial, folder / name)
-    except SafetensorError as error:  # a full disk arrives as this, not as OSError
-        raise OSError(f"could not write {folder / name}: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def save_state(path, tensors: dict[str, torch.Tensor], info: dict) -> None:
-    """The state of a training run in one safetensors file, whole or absent; `info` (JSON) goes into its metadata."""
+def _save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"info": json.dumps(info)})
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
         os.replace(partial, path)
     except SafetensorError as error:  # a full disk arrives as this, not as OSError
         raise OSError(f"could not write {path}: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_weights(folder, config: dict, state: dict[str, torch.Tensor], name: str = "diffusion_pytorch_model.safetensors") -> None:
+    """Write `folder`/config.json and `folder`/`name` as diffusers and transformers read them."""
+    write_json(Path(folder, "config.json"), config)
+    _save_tensors(Path(folder, name), state, {"format": "pt"})  # TRAP: without this metadata transformers refuses the file
+
+
+def save_state(path, tensors: dict[str, torch.Tensor], info: dict) -> None:
+    """The state of a training run in one safetensors file; `info` (JSON) goes into its metadata."""
+    _save_tensors(path, tensors, {"info": json.dumps(info)})
 
 
 def load_state(path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -1066,10 +1062,17 @@ def locked(path: Path):
             fcntl.flock(file, fcntl.LOCK_UN)  # TRAP: closing would not do: a process forked in the meantime holds the file too
 
 
-def process_pool(workers: int | None = None) -> ProcessPoolExecutor:
-    """Worker processes (one a core) that end with their parent, even where it is killed."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ProcessPoolExecutor(workers or cores, initializer=_end_with, initargs=(os.getpid(),))
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def process_pool(workers: int | None = None, start: str | None = None) -> ProcessPoolExecutor:
+    """Worker processes of one torch thread each (one a core) that end with their parent, even where it is killed.
+
+    start: multiprocessing's start method; "spawn" where the parent has computed with several threads.
+    """
+    return ProcessPoolExecutor(workers or cores(), get_context(start), _end_with, (os.getpid(),))
 
 
 def _end_with(parent: int) -> None:
@@ -1487,7 +1490,7 @@ def _in_order(pool, function, items):
     pending = collections.deque()
     for tag, *arguments in items:
         pending.append((tag, pool.submit(function, *arguments)))
-        if len(pending) > 4 * (os.cpu_count() or 1):
+        if len(pending) > 4 * cores():
             tag, future = pending.popleft()
             yield tag, future.result()
     for tag, future in pending:

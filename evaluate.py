@@ -25,16 +25,17 @@ import os
 import pickle
 import re
 import shutil
-import struct
 import sys
 import time
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -250,11 +251,6 @@ class DenseNet(nn.Module):
 
 # ---- A pickled module's tensors, without running it -----------------------------------------------------------------------
 
-STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-            "LongStorage": torch.int64,
-            "IntStorage": torch.int32, "ShortStorage": torch.int16, "ByteStorage": torch.uint8, "CharStorage": torch.int8,
-            "BoolStorage": torch.bool, "BFloat16Storage": torch.bfloat16}
-
 
 class Inert:
     """Stands in for every class and function that a pickle names: calling, filling or restoring it runs nothing."""
@@ -275,72 +271,38 @@ class Inert:
 
 
 class TensorsOnly(pickle.Unpickler):
-    """Builds tensors, dicts and plain values; all else that a pickle asks for becomes Inert. storage(dtype, key, n) -> (n,)"""
+    """What torch.load unpickles with, below: it builds tensors, dicts and plain values; all else a pickle names is Inert."""
 
-    def __init__(self, file, storage):
-        super().__init__(file, encoding="latin1")
-        self.storage = storage
-
-    def find_class(self, module, name):
+    def find_class(self, module, name):  # torch.load itself answers for the names of storages
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda flat, offset, size, stride, *rest: flat.as_strided(size, stride, offset)  # which checks the bounds
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *rest: tensor
-        return name if module == "torch" and name in STORAGES else type(name, (Inert,), {})
-
-    def persistent_load(self, saved):
-        if saved[0] != "storage":  # ("module", class, source file, source text) in files before torch 1.6
-            return saved[1]
-        flat, view = self.storage(STORAGES[saved[1]], saved[2], saved[4]), saved[5] if len(saved) > 5 else None
-        return flat if view is None else flat[view[1]:view[1] + view[2]]
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
+            return getattr(torch._utils, name)
+        return type(name, (Inert,), {})
 
 
 def read_pickled_tensors(path) -> dict[str, Tensor]:
-    """What torch.save(module) or torch.save(state dict) wrote, zip format or older -> state dict; no code in it runs.
+    """What torch.save(module) or torch.save(state dict) wrote, in the zip format or the older one -> state dict.
 
-    Raises UserError where the file is damaged or holds no tensors.
+    No code in it runs. Raises UserError where the file is damaged or holds no tensors.
     """
+    unpickler = SimpleNamespace(__name__="tensors only", Unpickler=TensorsOnly,
+                                load=lambda file, **options: TensorsOnly(file, **options).load())
     try:
-        with open(path, "rb") as file:
-            found = _read_zip(file) if zipfile.is_zipfile(path) else _read_legacy(file)
+        if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            raise UserError(f"{path} is a TorchScript archive, which is a program; expected a file of torch.save")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the source code of the pickled class is not at hand to compare
+            found = torch.load(path, "cpu", pickle_module=unpickler, weights_only=False)
         found = found.get("state_dict", found) if hasattr(found, "get") else found
         state = dict(_named_tensors(found, ""))
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, StopIteration, KeyError, IndexError, AttributeError,
-            TypeError,
-            RuntimeError, ValueError, MemoryError, struct.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path} is damaged or not a file of torch.save ({type(error).__name__}: {error})") from None
     if not state:
         raise UserError(f"{path} holds no tensors; expected a module or a state dict written by torch.save")
     return state
-
-
-def _read_zip(file):
-    with zipfile.ZipFile(file) as archive:
-        root, flats = next(name for name in archive.namelist() if name.endswith("data.pkl"))[:-8], {}
-
-        def storage(dtype, key, numel):
-            if key not in flats:
-                content = bytearray(archive.read(f"{root}data/{key}"))
-                flats[key] = torch.frombuffer(content, dtype=dtype)[:numel] if content else torch.zeros(0, dtype=dtype)
-            return flats[key]
-
-        return TensorsOnly(io.BytesIO(archive.read(f"{root}data.pkl")), storage).load()
-
-
-def _read_legacy(file):
-    """Before torch 1.6: magic number, version, system; the object; the order of its storages; each one's length and numbers."""
-    flats = {}
-    load = lambda: TensorsOnly(file, lambda dtype, key, numel: flats.setdefault(key, torch.zeros(numel, dtype=dtype))).load()
-    if load() != 0x1950A86A20F9469CFC6C:
-        raise ValueError("no magic number of torch.save")
-    load(), load()
-    found = load()
-    for key in load():
-        (count,), flat = struct.unpack("<q", file.read(8)), flats[key]
-        flat[:] = torch.frombuffer(bytearray(file.read(count * flat.element_size())), dtype=flat.dtype)
-    return found
 
 
 def _named_tensors(found, prefix: str):
@@ -370,8 +332,7 @@ class Moments:
         """features: (B, d), any float dtype or device; block: int or (B,) ints. Raises UserError on NaN or infinity."""
         features = features.detach().to("cpu", torch.float64)
         if not features.isfinite().all():
-            raise UserError(f"{int((~features.isfinite().all(1)).sum())} of {len(features)} images have NaN or infinite "
-                            "features: "
+            raise UserError(f"{int((~features.isfinite().all(1)).sum())} of {len(features)} images have NaN or infinite features: "
                             "the weights or the samples are broken; no distance can be computed from them")
         block = torch.as_tensor(block).expand(len(features))
         for b in block.unique().tolist():
@@ -470,8 +431,7 @@ def prdc(real, fake, k: int = 5) -> dict[str, float]:
         recalled.append((d < fake_radius).any(1))
     mean = lambda flags: float(torch.cat(flags).double().mean())
     return {"precision": float((inside > 0).double().mean()), "recall": mean(recalled),
-            "density": float(inside.double().mean() / k),
-            "coverage": mean(covered)}
+            "density": float(inside.double().mean() / k), "coverage": mean(covered)}
 
 
 # ---- What is measured on: a run, a labelled set in two parts, and what the two share --------------------------------------
@@ -521,11 +481,22 @@ def seed_of(*values: int) -> int:
     return int(hash64(*values) >> np.uint64(2))
 
 
+def generate_all(run: dinodiff.Run, c: Tensor, seeds: list[int], s: Common) -> Tensor:
+    """c (n, S, N), n seeds -> uint8 (n, size, size): each rank makes its share of the images, every rank gets all of them."""
+    rank, world = ranks()
+    made = torch.zeros(len(c), run.size, run.size, dtype=torch.uint8)
+    for rows in chunks(list(range(rank, len(c), world)), s.micro_batch):
+        made[rows] = generate(run, c[rows], [seeds[i] for i in rows], s.steps)
+    if world > 1:
+        dist.all_reduce(made)  # elsewhere zero
+    return made
+
+
 def ranks() -> tuple[int, int]:
     """(rank, world) under torchrun, (0, 1) without."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # one rank may work alone for long
     return rank, world
 
 
@@ -551,8 +522,7 @@ def open_trial(s: Common) -> Trial:
     run = open_run(folder, None if s.checkpoint == "newest" else s.checkpoint, s.device)
     trained_on, seed = run.config["data"], run.config["seed"] + 1  # the seed of imaginary patients that training never saw
     if not s.data and trained_on != "phantom":
-        raise UserError(f"{folder} was trained on {trained_on}: name labelled images that it has not seen, with --data "
-                        "(--labels)")
+        raise UserError(f"{folder} was trained on {trained_on}: name labelled images that it has not seen, with --data (--labels)")
     images = (data.open_data("phantom", run.size, seed=seed, count=1024) if (s.data or "phantom") == "phantom" else
               data.open_data(s.data, run.size, offline=s.offline, labels=s.labels or None))
     patients, notes = list(images.patients), []
@@ -563,9 +533,8 @@ def open_trial(s: Common) -> Trial:
     if not any(patients):
         notes.append("No patient is known for these images: they are split by image, so a patient may be on both sides.")
     if min(len(pool), len(test)) < 2:
-        raise UserError(f"{images.name}: {len(images)} images leave {len(pool)} to train and {len(test)} to test; expected "
-                        "more, "
-                        "of several patients; see --held-out")
+        raise UserError(f"{images.name}: {len(images)} images leave {len(pool)} to train and {len(test)} to test; "
+                        "expected more, of several patients; see --held-out")
     names = [n for n in data.label_names(images.labels) if sum(n in images.labels[i] for i in pool) >= s.prevalence * len(pool)]
     targets = np.array([[name in row for name in names] for row in images.labels], np.float32).reshape(len(images), len(names))
     trial = Trial(run, images, pool, test, names, targets, Path(s.out) if s.out else folder / "eval", rank, world, notes)
@@ -600,8 +569,7 @@ def refuse(s: Common, trial: Trial, what: str, shared: list[str]) -> None:
     if shared:
         few = ", ".join(shared[:5]) + (" …" if len(shared) > 5 else "")
         if not s.as_paper:
-            raise UserError(f"found a leak: {what} ({len(shared)}: {few}). Numbers measured so would flatter. Expected two "
-                            "sides "
+            raise UserError(f"found a leak: {what} ({len(shared)}: {few}). Numbers measured so would flatter. Expected two sides "
                             "that share nobody: give other --data, or --as-paper to let it through and mark the results")
         trial.notes.append(f"MARKED (--as-paper): {what} ({len(shared)}: {few}). These numbers flatter.")
 
@@ -763,17 +731,15 @@ def fid(s: Fid) -> str:
     lines += table(["", "FID", "95 % interval", "KID x 1000 ± SE", "precision", "recall", "density", "coverage"],
                    [[title, f"{r['fid']:.3f}", "{:.3f} – {:.3f}".format(*r["fid_95"]),
                      f"{1000 * r['kid']:.3f} ± {1000 * r['kid_error']:.3f}",
-                     *(f"{r[k]:.3f}" for k in ("precision", "recall", "density", "coverage"))] for title,
-                     r in [*rows, *known["floors"].items()]])
-    lines += ["", f"Each of the {n} test images was reconstructed once ({s.steps} DDIM steps). The interval: 1.96 bootstrap "
-                  "standard errors, "
-              "over patients. The paper: 4.7 (DiNOv1, step 80,000), 6.4 (DiNOv2, step 120,000) on 5,000 images of MIMIC-CXR "
+                     *(f"{r[k]:.3f}" for k in ("precision", "recall", "density", "coverage"))]
+                    for title, r in [*rows, *known["floors"].items()]])
+    lines += ["", f"Each of the {n} test images was reconstructed once ({s.steps} DDIM steps). The interval: 1.96 bootstrap standard "
+              "errors, over patients. The paper: 4.7 (DiNOv1, step 80,000), 6.4 (DiNOv2, step 120,000) on 5,000 images of MIMIC-CXR "
               "p19."]
     if s.checkpoints == "all" and trial.rank == 0:
         curve = [[r["fid"] for r in results.values()], [1.96 * r["fid_error"] for r in results.values()]]
         plot_lines(trial.out / "figure3.png", {run.folder.name: (steps, *curve)}, f"FID of {run.folder.name} ({n} images)",
-                   "training step",
-                   f"FID ({name})", level=(next(iter(known["floors"].values()))["fid"], "floor: real against real"))
+                   "training step", f"FID ({name})", level=(next(iter(known["floors"].values()))["fid"], "floor: real against real"))
         lines += ["", "![FID by training step](figure3.png)"]
         data.write_json(run.folder / "best.json", {"step": best, "fid": results[best]["fid"], "protocol": name, "images": n,
                                                    "steps": {str(step): r["fid"] for step, r in results.items()}})
@@ -796,8 +762,8 @@ def label_aucs(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def predict(net: DenseNet, pixels: np.ndarray, size: int, device) -> np.ndarray:
     """uint8 (n, S, S) -> logits (n, L)."""
     net.eval()
-    return np.concatenate([net(xrays(torch.from_numpy(part), size, 1.0,
-                                     device)).float().cpu().numpy() for part in chunks(pixels, 256)])
+    return np.concatenate([net(xrays(torch.from_numpy(part), size, 1.0, device)).float().cpu().numpy()
+                           for part in chunks(pixels, 256)])
 
 
 @torch.enable_grad()  # whatever the caller does
@@ -808,9 +774,8 @@ def fit(s: Classify, train, val, seed: int, device, steps_an_epoch: int = 0) -> 
     """
     images, targets = train
     if not np.isfinite(label_aucs(val[1], np.zeros_like(val[1]))).any():
-        raise UserError(f"each finding is in all or in none of the {len(val[1])} validation images (one class only): an AUC "
-                        "needs "
-                        "both; take more images or fewer folds")
+        raise UserError(f"each finding is in all or in none of the {len(val[1])} validation images (one class only): "
+                        "an AUC needs both; take more images or fewer folds")
     torch.manual_seed(seed)
     net = DenseNet(targets.shape[1], 1, s.growth, s.blocks, s.width)
     if s.init:
@@ -865,8 +830,7 @@ def interpolation_pairs(targets, fold: np.ndarray, wanted: dict[int, int], seed:
     if (~inside.any(1) & (asked > 0)).any():
         which = list(wanted)[int((~inside.any(1)).argmax())]
         raise UserError(f"found no two images outside fold {which} that share a finding, so there is nothing to interpolate "
-                        "between; "
-                        "take a larger N")
+                        "between; take a larger N")
     for again in itertools.count():
         order = np.argsort(hash64(seed, again, np.arange(len(pairs))))
         counts = got[:, None] + np.cumsum(inside[:, order], 1)
@@ -977,13 +941,11 @@ def train_fold(job: Fold) -> str:
 
 def train_all(jobs: list[Fold], trial: Trial) -> None:
     """On a GPU, or on one rank of many, one after another; on a CPU alone, one process a core, each of one thread."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.ExitStack() as stack:
-        run = map
-        if trial.run.device.type == "cpu" and trial.world == 1 and cores > 1 and len(jobs) > 3:
-            # TRAP: not by fork: the parent has run OpenMP and autograd threads, which a forked child would wait for
-            run = stack.enter_context(ProcessPoolExecutor(cores, get_context("spawn"), torch.set_num_threads, (1,))).map
-        for error in data.progress(run(train_fold, jobs), "training classifiers", len(jobs), " folds"):
+    alone = trial.run.device.type == "cpu" and trial.world == 1 and data.cores() > 1 and len(jobs) > 3
+    # TRAP: not by fork: the parent has run OpenMP and autograd threads, which a forked child would wait for
+    with data.process_pool(start="spawn") if alone else contextlib.nullcontext() as pool:
+        errors = pool.map(train_fold, jobs) if pool else map(train_fold, jobs)
+        for error in data.progress(errors, "training classifiers", len(jobs), " folds"):
             if error:
                 print(f"a training was left out: {error}", file=sys.stderr)
 
@@ -1100,8 +1062,8 @@ def table_1(s: Classify, trial: Trial, cells: Path, sizes: list[int], names: lis
     lines += ["", "\\* p < 0.05 in the paired t-test against real only, as in the paper; † also with Nadeau and Bengio's "
               "correction and Holm's over the column. The paper's own table: docs/paper_table1.md.", ""]
     data.write_json(trial.out / "table1.json", {"settings": dataclasses.asdict(s), "findings": trial.names,
-                                                "run": str(trial.run.folder),
-                                                "step": trial.run.step, "test_images": len(trial.test), "notes": trial.notes,
+                                                "run": str(trial.run.folder), "step": trial.run.step,
+                                                "test_images": len(trial.test), "notes": trial.notes,
                                                 "cells": list(results.values())})
     for letter, experiment in zip("ab", EXPERIMENTS):
         bar = lambda r, base: (100 * (r["mean"] / base - 1), 100 * r["sd"] / base,
@@ -1141,8 +1103,7 @@ def audit(s: Audit) -> str:
     trial = open_trial(s)
     run, images, train = trial.run, trial.images, training_images(trial)
     if train is None:
-        raise UserError(f"the training images of {run.folder} ({run.config['data']}) are out of reach, expected them for a "
-                        "search")
+        raise UserError(f"the training images of {run.folder} ({run.config['data']}) are out of reach, expected them for a search")
     name, _, embed = protocol(s, trial)
     pixels, features = spaces = "pixels, 32 px", f"features, {name}"
     both = lambda pictures: dict(zip(spaces, map(torch.cat, zip(*((thumbnails(p), embed(p)) for p in pictures)))))
@@ -1150,25 +1111,27 @@ def audit(s: Audit) -> str:
     parts = data.progress([trained[k:k + 256] for k in range(0, len(trained), 256)], "reading training images", unit=" x 256")
     bank, unseen = both(read(train, part) for part in parts), both(read(images, part) for part in chunks(test, 256))
     calibration = {space: nearest(unseen[space], bank[space])[0] for space in spaces}
-    rows = [[space, "unseen real images", len(test), f"{np.median(calibration[space]):.3f}", "5 %", "0.50",
-             ""] for space in spaces]
+    rows = [[space, "unseen real images", len(test), f"{np.median(calibration[space]):.3f}", "5 %", "0.50", "", ""]
+            for space in spaces]
     record, shown, captions, titles = {}, [], [], []
-    conditions = {"training images": (train, spread(trained, s.count)), "unseen images": (images, spread(test, s.count))}
-    for kind, (source, picked) in conditions.items():
-        seeds = [seed_of(s.seed, 4, int(i)) for i in picked]
-        made = torch.cat([generate(run, encode_tokens(run, read(source, part)), some, s.steps)
-                          for part, some in zip(chunks(picked, s.micro_batch), chunks(seeds, s.micro_batch))])
+    conditions = {"training images": (train, trained, bank), "unseen images": (images, test, unseen)}
+    for kind, (source, known, embeddings) in conditions.items():
+        picked = spread(known, s.count)
+        c = torch.cat([encode_tokens(run, read(source, part)) for part in chunks(picked, s.micro_batch)])
+        made = generate_all(run, c, [seed_of(s.seed, 4, int(i)) for i in picked], s)
         for space, embedded in both(made.split(256)).items():
             distance, index = nearest(embedded, bank[space])
             closer = float((distance < np.quantile(calibration[space], 0.05)).mean())
             difference = calibration[space] - distance[:, None]
             chance = float((difference > 0).mean() + (difference == 0).mean() / 2)
             own = float((trained[index] == picked).mean()) if source is train else None
+            to_source = torch.cdist(embedded, embeddings[space][np.searchsorted(known, picked)])  # (reconstructions, sources)
+            margin = to_source - to_source.diagonal()[:, None]
+            obeys = float(((margin > 0).sum() + (margin == 0).sum() / 2 - len(made) / 2) / (len(made) * max(len(made) - 1, 1)))
             rows.append([space, f"reconstructions of {kind}", len(made), f"{np.median(distance):.3f}", f"{100 * closer:.0f} %",
-                         f"{chance:.2f}",
-                         "" if own is None else f"{100 * own:.0f} %"])
+                         f"{chance:.2f}", "" if own is None else f"{100 * own:.0f} %", f"{obeys:.2f}"])
             record[f"{kind}; {space}"] = {"nearer_than_95_percent_of_real": closer, "chance_nearer_than_real": chance,
-                                          "own_source": own}
+                                          "own_source": own, "nearer_to_its_source_than_to_another": obeys}
             closest = np.argsort(distance)[:s.pairs]
             shown += [small(made[q].numpy()) for q in closest] + [small(train[int(trained[index[q]])]) for q in closest]
             captions += [f"distance {distance[q]:.3f}" for q in closest] + [train.keys[int(trained[index[q]])] for q in closest]
@@ -1183,14 +1146,13 @@ def audit(s: Audit) -> str:
         copies[what] = [f"{images.keys[int(test[q])]} = {keys[index[q]]}" for q in hits]
     lines = ["## Audit: copies and leaks", ""]
     lines += table(["distance in", "images", "n", "median distance to the nearest training image",
-                    "share nearer than 95 % of unseen real images",
-                    "chance of being nearer than an unseen real one", "nearest is its own source"], rows)
-    lines += ["", f"{len(trained):,} of {len(train):,} training images were searched. A model that copies its training "
-                  "images shows far "
-              "more than 5 % and a chance far above 0.50.", "", "![closest pairs](audit.png)", "",
-              f"Ledger of the splits: patients are kept apart (what could not be checked is noted below). Copies, which "
-              "correlate by "
-              f"{s.copy} or more at 32 px, of {len(test)} test images: " +
+                    "share nearer than 95 % of unseen real images", "chance of being nearer than an unseen real one",
+                    "nearest is its own source", "chance of being nearer to its source than to another's"], rows)
+    lines += ["", f"{len(trained):,} of {len(train):,} training images were searched. A model that copies its training images shows "
+              "far more than 5 % and a chance far above 0.50. In the last column 0.50 is a model that ignores its condition.", "",
+              "![closest pairs](audit.png)", "",
+              "Ledger of the splits: patients are kept apart (what could not be checked is noted below). Copies, which correlate "
+              f"by {s.copy} or more at 32 px, of {len(test)} test images: " +
               "; ".join(f"{len(found)} among {what}" + f" ({', '.join(found[:5])})" * bool(found)
                         for what, found in copies.items()) + "."]
     if trial.rank == 0:
@@ -1379,25 +1341,34 @@ def stored_attention(sweep: Sweep, run: dinodiff.Run, images: torch.Tensor, t: i
 
 
 def measure(sweep: Sweep, step: int, t: int, lungs: LungImages, settings: SegmentSettings) -> None:
-    """Score every grid and threshold at one checkpoint and timestep, into sweep.scores."""
-    run, n = sweep.open(step), len(lungs.images)
+    """Score every grid and threshold at one checkpoint and timestep, into sweep.scores; each rank takes its share of the images."""
+    run, n, (rank, world) = sweep.open(step), len(lungs.images), ranks()
     batch = max(1, min(16, 2**20 // (run.size // run.vae.config.factor) ** 4))  # maps of a batch: as much as one 512 px image
     rows = {(step, t, grid, tau): np.zeros((n, 3)) for grid in settings.grids for tau in (*settings.thresholds, None)}
-    for i in data.progress(range(n), desc=f"{sweep.name}, step {step}, t {t}", unit=" images"):
-        if i % batch == 0:
-            block = stored_attention(sweep, run, lungs.images[i:i + batch], t, settings)
-        A, truth = block[i % batch].to(run.device), lungs.masks[i].reshape(2, -1)
-        prior = expected_lungs(lungs.images[i].numpy()).reshape(2, -1)
-        for grid in settings.grids:
-            first = diffseg.divergence(A[diffseg.anchors(math.isqrt(len(A)), grid).to(A.device)], A)  # for all thresholds
-            def score(tau):
-                pool = candidates(diffseg.label(diffseg.merge(A, grid, tau, first=first), run.size).cpu().numpy())
-                chosen, belief = select(pool, prior)
-                return select(pool, truth)[1], dice_score(chosen, truth.any(0)), belief
-            for tau in settings.thresholds:
-                rows[step, t, grid, tau][i] = score(tau)
-            middle = first.median().item()
-            rows[step, t, grid, None][i] = max((score(part * middle) for part in OWN_TAU), key=lambda row: row[BELIEF])
+    bar = data.progress(desc=f"{sweep.name}, step {step}, t {t}", total=len(range(rank, n, world)), unit=" images")
+    with ThreadPoolExecutor(max(1, data.cores() // world), initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        for part in chunks(np.arange(rank, n, world), batch):
+            for i, A in zip(part, stored_attention(sweep, run, lungs.images[part], t, settings)):
+                A, truth = A.to(run.device), lungs.masks[i].reshape(2, -1)
+                prior = expected_lungs(lungs.images[i].numpy()).reshape(2, -1)
+                for grid in settings.grids:
+                    first = diffseg.divergence(A[diffseg.anchors(math.isqrt(len(A)), grid).to(A.device)], A)  # for every tau
+
+                    def score(tau):
+                        pool = candidates(diffseg.label(diffseg.merge(A, grid, tau, first=first), run.size).cpu().numpy())
+                        chosen, belief = select(pool, prior)
+                        return select(pool, truth)[1], dice_score(chosen, truth.any(0)), belief
+
+                    own = [share * first.median().item() for share in OWN_TAU]
+                    found = list(threads.map(score, (*settings.thresholds, *own)))
+                    for tau, row in zip(settings.thresholds, found):
+                        rows[step, t, grid, tau][i] = row
+                    rows[step, t, grid, None][i] = max(found[-len(own):], key=lambda row: row[BELIEF])
+                bar.update()
+    bar.close()
+    if world > 1:
+        for scores in rows.values():
+            dist.all_reduce(torch.from_numpy(scores))
     sweep.scores |= rows
 
 
@@ -1442,6 +1413,8 @@ def segment(settings: SegmentSettings) -> str:
         step = sweep.best(ORACLE, lungs.tuning)[0]
         for t in sorted(set(settings.timesteps) - {base}):
             measure(sweep, step, t, lungs, settings)
+    if ranks()[0]:
+        return barrier() or ""  # the first rank draws and writes
     rows = table_rows(sweeps, lungs, settings, base)
     worth = lambda sweep: sweep.scores[sweep.best(ORACLE, lungs.tuning)][lungs.tuning, ORACLE].mean()
     pictures = segment_figures(max(sweeps[:1 + len(settings.last)], key=worth), lungs, settings, base, out)
@@ -1459,6 +1432,7 @@ def segment(settings: SegmentSettings) -> str:
     data.write_json(out / "segment.json", {"settings": dataclasses.asdict(settings), "table": rows, "paper": PAPER_DICE,
                                                 "mean Dice of oracle and rule at every setting": cells})
     print(f"{text}-> {out / 'segment.md'}")
+    barrier()
     return text
 
 
@@ -1537,12 +1511,11 @@ def figures(s: Figures) -> str:
     tokens = torch.cat([encode_tokens(run, part).cpu() for part in real.split(s.micro_batch)])
 
     def sample(c, *seeds):  # seeds: the values that make each one's seed
-        seeds = [seed_of(s.seed, *map(int, values)) for values in zip(*seeds)]
-        parts = zip(c.split(s.micro_batch), chunks(seeds, s.micro_batch))
-        return torch.cat([generate(run, part, some, s.steps) for part, some in parts]).numpy()
+        return generate_all(run, c, [seed_of(s.seed, *map(int, values)) for values in zip(*seeds)], s).numpy()
 
     def save(name, cells, columns, title, captions=None, row_titles=None):
-        data.save_png(trial.out / f"{name}.png", data.grid([small(x) for x in cells], columns, captions, row_titles, title))
+        if trial.rank == 0:
+            data.save_png(trial.out / f"{name}.png", data.grid([small(x) for x in cells], columns, captions, row_titles, title))
         lines.extend([f"![{title}]({name}.png)", ""])
 
     def draw(number, chosen, title):
@@ -1691,8 +1664,8 @@ def plot_lines(path, series: dict, title: str, xlabel: str, ylabel: str, level=N
 
     Pillow's own font knows Latin letters, ± and %, but no Greek and no multiplication sign: write "tau", "x".
     """
-    series = {name: [np.asarray(v if v is not None else np.zeros(len(x)), float) for v in (x, y, err)] for name,
-              (x, y, err) in series.items()}
+    series = {name: [np.asarray(v if v is not None else np.zeros(len(x)), float) for v in (x, y, err)]
+              for name, (x, y, err) in series.items()}
     x, y, err = (np.concatenate(v) for v in zip(*series.values()))
     ends = np.concatenate([y - err, y + err, [level[0]] if level else []])
     axes = Axes(title, xlabel, ylabel, list(series), (x.min(), x.max()), (np.nanmin(ends), np.nanmax(ends)), size, None, log_x,
@@ -1764,11 +1737,9 @@ def evaluate_all(s: Common) -> None:
 def write_report(folder: Path, out: Path, failed: dict[str, str]) -> None:
     """report.md: the sections that stand in `out`, one after another, and why others do not."""
     config = json.loads((folder / "config.json").read_text())
-    lines = [f"# Evaluation of {folder.name}", "", f"Preset {config['preset']}, {config['size']} px, trained on "
-                                                   f"{config['data']}. Made by "
-             f"`python evaluate.py --run {folder}`; each section ends with the command that makes it alone. This is no "
-             "medical device, "
-             "and nothing here is validated for clinical use.", ""]
+    lines = [f"# Evaluation of {folder.name}", "", f"Preset {config['preset']}, {config['size']} px, trained on {config['data']}. Made "
+             f"by `python evaluate.py --run {folder}`; each section ends with the command that makes it alone. This is no medical "
+             "device, and nothing here is validated for clinical use.", ""]
     lines += [(out / f"{name}.md").read_text() for name in COMMANDS if (out / f"{name}.md").is_file()]
     lines += ["## Left out", ""] * bool(failed) + [f"- {name}: {error}" for name, error in failed.items()]
     data.write_file(out / "report.md", "\n".join(lines) + "\n")

@@ -483,7 +483,7 @@ import dataclasses, sys, torch
 import data
 from dinodiff import *
 torch.set_num_threads(1)
-small = dataclasses.replace(TINY, preset="small", size=32, batch=8, steps=12, vae_steps=3, vit_steps=3, checkpoint_every=3, sample_every=100,
+small = dataclasses.replace(TINY, preset="small", size=32, batch=8, steps=12, vae_steps=3, vit_steps=3, augment=True, checkpoint_every=3, sample_every=100,
     lr=1e-3, warmup=2, unet_config=UNetConfig(block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32, attention_head_dim=2,
     norm_num_groups=4, down_block_types=(CROSS, CROSS)), vae_config=VAEConfig(block_out_channels=(8, 16, 16), layers_per_block=1,
     norm_num_groups=4), vae_settings=VAESettings(batch=4), vit_config=ViTConfig(image_size=32, patch_size=8, hidden_size=32, depth=2, heads=2),
@@ -2340,6 +2340,39 @@ def test_audit_finds_copies(trial_run, tmp_path):
         evaluate.audit(evaluate.Audit(**settings))
     assert (tmp_path / "out/audit.png").is_file() and "= train" in (tmp_path / "out/audit.md").read_text()
     assert "MARKED" in evaluate.audit(evaluate.Audit(**settings, as_paper=True))
+
+
+def test_audit_tells_copies_and_obedience_from_chance(trial_run, tmp_path, monkeypatch):
+    """A generator that returns its source must score 1 in both; one that returns another image, near 0.5 in obedience."""
+    import json
+    monkeypatch.setattr(evaluate, "encode_tokens", lambda run, images: images.flatten(1)[:, None].float())
+    for turn in (0, 3):
+        monkeypatch.setattr(evaluate, "generate_all", lambda run, c, seeds, s: c.roll(turn, 0).byte().view(len(c), 32, 32))
+        evaluate.audit(evaluate.Audit(run=str(trial_run / "run"), data=str(trial_run / "test"), protocol="dino", count=12,
+                                      out=str(tmp_path / str(turn))))
+        results = json.loads((tmp_path / str(turn) / "audit.json").read_text())["results"]
+        copies, unseen = results["training images; pixels, 32 px"], results["unseen images; pixels, 32 px"]
+        assert copies["own_source"] == (turn == 0) and copies["chance_nearer_than_real"] > 0.99
+        if turn:
+            assert all(0.2 < r["nearer_to_its_source_than_to_another"] < 0.8 for r in (copies, unseen))
+        else:
+            assert copies["nearer_to_its_source_than_to_another"] == unseen["nearer_to_its_source_than_to_another"] == 1
+
+
+def test_audit_and_segment_are_the_same_on_one_rank_and_two(trial_run):
+    """Work repeated on every rank, images made twice or left black when it is shared, or ranks that overwrite one another."""
+    import json
+    commands = {"audit": ["--data", trial_run / "test", "--count", "10", *FAST],
+                "segment": ["--limit", "5", "--timesteps", "100", "300", "--thresholds", "0.05", "0.5", "--no-maps"]}
+    for name, flags in commands.items():
+        found = []
+        for ranks in (1, 2):
+            out = trial_run / f"{name}{ranks}"
+            done = command(name, "--run", trial_run / "run", *flags, "--out", out, ranks=ranks)
+            assert done.returncode == 0, done.stderr[-2000:]
+            found.append(json.loads((out / f"{name}.json").read_text()) | {"settings": None})
+        numbers = [[float(v) for v in re.findall(r"\d\.\d+", json.dumps(f))] for f in found]
+        assert len(numbers[0]) > 8 and np.allclose(*numbers, atol=2e-2), name
 
 
 @pytest.mark.parametrize("arguments, words", [
