@@ -591,12 +591,16 @@ def balanced_subsets(labels, sizes, seed: int = 0) -> dict[int, np.ndarray]:
     """{n: indices (n,)} with n / card(L) images for each label, without replacement, nested: X_50 in X_100 in … [DiNO-Diff 2.4]
 
     Labels take turns, the rarest first, each drawing the next of its images that none has drawn; X_n is the first n draws.
+    CHOICE: a label draws its images that hold a rarer label last, for that one will need them.
     A size for which some label runs out is left out, with a message; UserError where that is every size.
     """
     names = label_names(labels)
     holders = {name: [i for i, row in enumerate(labels) if name in row] for name in names}
     names.sort(key=lambda name: (len(holders[name]), name))
-    queues = {n: iter(np.array(holders[n])[np.argsort(hash64(seed, k, holders[n]))].tolist()) for k, n in enumerate(names)}
+    queues = {}
+    for k, name in enumerate(names):
+        rarer = [not set(names[:k]).isdisjoint(labels[i]) for i in holders[name]]
+        queues[name] = iter(np.array(holders[name])[np.lexsort((hash64(seed, k, holders[name]), rarer))].tolist())
     drawn, short = {}, None
     while names and not short and len(drawn) < max(sizes):
         for name in names:

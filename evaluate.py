@@ -505,6 +505,20 @@ def barrier() -> None:
         dist.barrier()
 
 
+def on_first_rank(work: Callable[[], object]) -> None:
+    """Let rank 0 do `work` while the others wait; its UserError is raised on all of them."""
+    error = [None]
+    if ranks()[0] == 0:
+        try:
+            work()
+        except UserError as raised:
+            error = [raised]
+    if dist.is_initialized():
+        dist.broadcast_object_list(error)
+    if error[0] is not None:
+        raise error[0]
+
+
 def open_run(folder, step, device: str) -> dinodiff.Run:
     """`load_run`, with its UNet compiled on CUDA."""
     run = load_run(folder, step, device)
@@ -630,15 +644,17 @@ def protocol(s: Common, trial: Trial):
     recipe = dataclasses.replace(recipe, size=min(recipe.size, trial.run.size), epochs=16)
     # Outside of the run folder, so that all runs on this machine are measured with one net
     place = data.cache_folder() / "features" / trial.key("local", s.seed, s.held_out, recipe)
-    if trial.rank == 0 and not place.is_dir():
+
+    def train_local():
         pool = trial.pool[:5000]
         train, val = data.split_by_patient([trial.images.patients[i] for i in pool], 0.2, s.seed)
         part = lambda rows: (read(trial.images, pool[rows]).numpy(), trial.targets[pool[rows]])
         net, told = fit(recipe, part(train), part(val), s.seed, device)
-        print(f"protocol local: a DenseNet trained on {len(train)} images, {told['epochs']} epochs, validation AUC "
-              f"{told['val']:.3f}")
+        print(f"protocol local: a DenseNet trained on {len(train)} images, {told['epochs']} epochs, "
+              f"validation AUC {told['val']:.3f}")
         net.save_pretrained(place)
-    barrier()
+
+    on_first_rank(lambda: place.is_dir() or train_local())
     net = DenseNet.from_pretrained(place).to(device, memory_format=torch.channels_last).eval()
     return "local", net.classifier.in_features, lambda images: net.embed(xrays(images, recipe.size, 1.0, device)).float().cpu()
 
@@ -993,6 +1009,9 @@ def classify(s: Classify) -> str:
     picks = data.balanced_subsets(trial.labels(trial.pool), s.sizes, s.seed)
     most, ratio_most = max(picks), max(s.ratios)
     subset = trial.pool[picks[most]]  # the subset of each smaller N is its beginning
+    constant = [name for name, all_have in zip(trial.names, trial.targets[subset].all(0)) if all_have]
+    if constant:  # a subset is drawn from images with findings, so this happens to a finding that goes with all others
+        trial.notes.append(f"{', '.join(constant)}: in all of the {most} real images, so nothing can be learned of it here.")
     stored = lambda name, images, indices: stored_pixels(images, indices, s.size, cells / f"{name}.npy", trial.rank)
     real, test = stored(f"real-{most}", trial.images, subset), stored("test", trial.images, trial.test)
     y, y_test, fold = trial.targets[subset], trial.targets[trial.test], {n: np.empty(n, int) for n in picks}
@@ -1025,7 +1044,8 @@ def classify(s: Classify) -> str:
         jobs.append(Fold(cells / f"N{n}-{experiment}-{strategy}-{ratio}-fold{k}.json", s, tuple(parts), np.concatenate(targets),
                          (real, val), y[val], (test, np.arange(len(y_test))), y_test, seed_of(s.seed, n, k) % 2**31, steps,
                          str(trial.run.device)))
-    train_all([job for job in jobs if not job.path.is_file()][trial.rank::trial.world], trial)
+    # TRAP: shared out first, then looked at: another rank may have written some by now, and the lists would differ
+    train_all([job for job in jobs[trial.rank::trial.world] if not job.path.is_file()], trial)
     barrier()
     return finish(trial, s, "classify", table_1(s, trial, cells, list(picks), names) if trial.rank == 0 else [])
 
