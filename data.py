@@ -889,13 +889,16 @@ def open_data(spec: str, size: int, seed: int = 0, offline: bool = False, cache_
     """
     if spec == "phantom":
         return Phantoms(size, count or 2048, seed)
+    path = Path(spec).expanduser()
+    is_shards = path.is_dir() and ((path / INDEX).exists() or any(path.glob("*.tar")) and not _pictures(path))
+    if path.is_dir() and not is_shards:
+        return Folder(path, size, labels, count)
+    if labels:
+        raise UserError(f"--labels {labels} goes with a folder of images; shards carry their own: give it to data.py prepare")
     if spec.startswith(("hf://", "pipe:")):
         return Shards(spec, size, Remote(spec, cache_gb, offline), count)
-    path = Path(spec).expanduser()
-    if path.is_dir() and (path / INDEX).exists() or path.is_dir() and any(path.glob("*.tar")) and not _pictures(path):
+    if is_shards:
         return Shards(str(path / "*.tar"), size, None, count)
-    if path.is_dir():
-        return Folder(path, size, labels, count)
     if "*" in spec or "?" in spec or path.suffix == ".tar":
         return Shards(str(path), size, None, count)
     raise UserError(f"--data {spec}: no such folder; expected phantom, a folder of X-rays, a quoted glob like 'shards/*.tar', "
@@ -932,7 +935,12 @@ class Folder(Images):
                             f"{' '.join(PICTURES)} (and for zip or tar files, data.py prepare first)")
         csv_file = labels or csv_of(folder)
         table = read_labels(csv_file) if csv_file else {}
-        rows = [_row(table, f"{folder.as_posix()}/{file}") or ("", ()) for file in files]
+        row = lambda file: _row(table, f"{folder.as_posix()}/{file}")
+        if csv_file and Path(csv_file).is_dir():  # MIMIC's tables name the frontal views alone
+            files = [file for file in files if row(file)]
+            if not files:
+                raise UserError(f"{csv_file} names none of the images in {folder} as a frontal view")
+        rows = [row(file) or ("", ()) for file in files]
         if csv_file and not any(r != ("", ()) for r in rows):
             print(f"{csv_file}: none of its {len(table)} files is among the {len(files)} of {folder}", file=sys.stderr)
         patients = [patient or (Path(file).stem if file in self.masks else "") for (patient, _), file in zip(rows, files)]
@@ -973,7 +981,10 @@ def _pair_masks(files: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     masks = collections.defaultdict(list)
     for file in files:
         if MASK_FOLDERS.fullmatch(organ(file)):
-            masks[re.sub(r"_mask$", "", Path(file).stem)].append(file)
+            others = masks[re.sub(r"_mask$", "", Path(file).stem)]
+            if organ(file) in map(organ, others):
+                raise UserError(f"found two masks of one name, {others[0]} and {file}: these are several sets; name one at a time")
+            others.append(file)
     images = [f for f in files if not MASK_FOLDERS.fullmatch(organ(f)) and not OTHER_ORGANS.fullmatch(organ(f))]
     paired = {f: masks[Path(f).stem][:2] for f in images if Path(f).stem in masks}
     return paired, (list(paired) if paired else images)
@@ -1642,10 +1653,10 @@ SHEAR, SHIFT, SCALE = 0.05, 0.05, (0.90, 1.40)  # of the side, either way, both 
 SHARPEN = 1.0  # CHOICE: largest share of the unsharp mask that is added; half of the images get none
 
 
-def augment(images: torch.Tensor, ids, step: int, seed: int) -> torch.Tensor:
+def augment(images: torch.Tensor, ids, step, seed: int) -> torch.Tensor:
     """Random affine and sharpening: uint8 (B, S, S) on any device, image ids int64 (B,) -> float32 (B, 1, S, S) in [-1, 1].
 
-    The parameters of each row are a pure function of (seed, image id, step), whatever else is in the batch.
+    The parameters of each row are a pure function of (seed, image id, step), whatever else is in the batch; step: int or (B,).
     CHOICE: what comes into view from outside repeats the edge: a black frame would be learned as part of an X-ray.
     """
     u = torch.from_numpy(uniforms(6, seed, torch.as_tensor(ids).cpu().numpy(), step)).to(images.device, torch.float32)  # (B, 6)

@@ -13,6 +13,7 @@ Implements the zero-shot segmentation of the DiNO-Diffusion paper (2.4, Figure 1
 from __future__ import annotations
 
 import colorsys
+import glob
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,13 +86,15 @@ def aggregate(maps: list[torch.Tensor]) -> torch.Tensor:
 def anchors(S: int, grid: int) -> torch.Tensor:
     """Flat indices of grid x grid pixels of an S x S map, evenly spaced and centred: S = 64, grid = 16 takes 1, 5, …, 61.
 
-    A grid finer than the map, which has no 32 x 32 distinct pixels when S = 16, is the map's own S x S.
+    A grid finer than the map, which has no 32 x 32 distinct pixels when S = 16, is the map's own S x S. Where the published
+    step, rounded down, would leave out a rim wider than itself (S = 28, grid = 16: 6, 7, …, 21), positions are rounded instead.
     """
     if grid < 1:
         raise UserError(f"found a grid of {grid}, expected at least 1 anchor a side")
     grid = min(grid, S)
     step = (S - 1) // max(grid - 1, 1) if grid > 1 else 0
-    line = (S - 1 - step * (grid - 1)) // 2 + step * torch.arange(grid)
+    rim, place = S - 1 - step * (grid - 1), torch.arange(grid)
+    line = rim // 2 + step * place if rim <= step or grid == 1 else ((2 * place + 1) * S - 1) // (2 * grid)
     return (line[:, None] * S + line).flatten()
 
 
@@ -104,7 +107,7 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """
     if p.is_cuda:  # TRAP: where TF32 is allowed, a float32 product is off by more than the usual threshold of 0.05
         p, q = p.double(), q.double()
-    log = lambda x: (x.clamp_min(torch.finfo(x.dtype).tiny) * x.shape[1]).log()
+    log = lambda x: (x.clamp_min(torch.finfo(torch.float32).tiny) * x.shape[1]).log()
     log_p, log_q = log(p), log(q)
     return ((p * log_p).sum(1)[:, None] + (q * log_q).sum(1) - p @ log_q.T - log_p @ q.T) / 2
 
@@ -237,6 +240,8 @@ def segment_pictures(settings: SegmentPicture) -> None:
         grey = Image.fromarray(image.numpy()).convert("RGB")
         data.save_png(f"{stem}-overlay.png", Image.blend(grey, flat.convert("RGB"), 0.35))
         data.save_png(f"{stem}-labels.png", flat)
+        for old in stem.parent.glob(f"{glob.escape(stem.name)}-segment-*.png"):
+            old.unlink()
         for k in range(count):
             data.save_png(f"{stem}-segment-{k:02d}.png", Image.fromarray(np.uint8(255 * (labels == k))))
         print(f"{picture}: {count} segments -> {stem}-overlay.png, -labels.png, -segment-*.png", flush=True)

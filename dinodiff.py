@@ -331,7 +331,9 @@ def load_run(folder, step: int | str | None = None, device="cpu") -> Run:
     if not steps:
         raise UserError(f"{folder} has no checkpoint yet; let `python dinodiff.py train --run {folder}` reach one")
     if step == "best":
-        step = json.loads((folder / "best.json").read_text())["step"] if (folder / "best.json").is_file() else None
+        if not (folder / "best.json").is_file():
+            raise UserError(f"{folder} has no best.json; make it with `python evaluate.py fid --checkpoints all --run {folder}`")
+        step = json.loads((folder / "best.json").read_text())["step"]
     step = steps[-1] if step is None else int(step)
     if step not in steps:
         raise UserError(f"{folder} has no checkpoint at step {step}; it has {steps}")

@@ -13,9 +13,11 @@ Weights: FID by the paper's protocol, `xrv-224`, takes torchxrayvision's densene
 
 from __future__ import annotations
 
+import collections
 import colorsys
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -103,7 +105,7 @@ class Classify(Common):
     weight_decay: float = 1e-5
     patience: int = 10  # epochs without a better validation AUC until lr / 10
     stop: int = 25  # epochs without a better validation AUC until the end
-    equal_steps: bool = False  # in each cell of a column: more data must not win by more updates
+    equal_steps: bool = False  # in each cell of a column, without an early stop: more data must not win by more updates
     size: int = 224  # pixels of the classifier's input. CHOICE: torchxrayvision's; the paper names none
     growth: int = 32  # DenseNet-121's, like the next two
     blocks: tuple[int, ...] = (6, 12, 24, 16)
@@ -397,19 +399,22 @@ def _two_sets(*sets) -> list[Tensor]:
     return sets
 
 
-def kernel_distance(f1, f2, with_error: bool = False):
+def kernel_distance(f1, f2, with_error: bool = False, paired: bool = False):
     """Kernel distance (KID): unbiased squared MMD, k(x, y) = (x.y / d + 1)^3; f1 (n, d), f2 (m, d) -> float, may be negative.
 
     CHOICE: all pairs instead of random subsets: the same expectation without their noise; n^2 time, n memory.
     with_error=True -> (distance, standard error), the error by the delta method: 4 var(projection) / n for each set.
+    paired: f2[i] was made from f1[i]. TRAP: then the cross mean must leave out (i, i), which are alike, or KID falls below zero.
     """
     f1, f2 = _two_sets(f1, f2)
     kernel = lambda products: (products / f1.shape[1] + 1) ** 3
     mean = lambda a, b: torch.cat([kernel(rows @ b.T).mean(1) for rows in a.split(1024)])
-    own = lambda a: (mean(a, a) * len(a) - kernel(a.square().sum(1))) / (len(a) - 1)  # without the diagonal
-    xx, yy, xy, yx = own(f1), own(f2), mean(f1, f2), mean(f2, f1)
+    apart = lambda a, b: (mean(a, b) * len(a) - kernel((a * b).sum(1))) / (len(a) - 1)  # without the diagonal
+    cross = apart if paired else mean
+    xx, yy, xy, yx = apart(f1, f1), apart(f2, f2), cross(f1, f2), cross(f2, f1)
     distance = float(xx.mean() + yy.mean() - 2 * xy.mean())
-    error = 2 * math.sqrt((xx - xy).var() / len(f1) + (yy - yx).var() / len(f2))
+    x, y = xx - xy, yy - yx
+    error = 2 * math.sqrt((x + y).var() / len(f1) if paired else x.var() / len(f1) + y.var() / len(f2))
     return (distance, error) if with_error else distance
 
 
@@ -443,6 +448,7 @@ class Trial:
 
     run: dinodiff.Run
     images: data.Images
+    seed: int  # of the images, where they are phantoms
     pool: np.ndarray  # indices that may train a classifier
     test: np.ndarray  # indices held out, of other patients
     names: list[str]  # findings
@@ -453,9 +459,18 @@ class Trial:
     notes: list[str]  # what a reader of the results must know
 
     def key(self, *values) -> str:
-        """A short name for results that these images and values determine."""
-        about = [self.images.name, len(self.images), self.images.keys[0], self.images.keys[-1], self.run.size, *values]
-        return hashlib.blake2b(json.dumps(about, default=str).encode(), digest_size=5).hexdigest()
+        """A short name for results that these images, their patients and labels, and `values` determine."""
+        return digest(self.set_digest, self.run.size, *values)
+
+    @functools.cached_property
+    def set_digest(self) -> str:
+        return digest(self.images.name, self.seed, *map(list, (self.images.keys, self.images.patients, self.images.labels)))
+
+    @functools.cached_property
+    def generator(self) -> str:
+        """Names the training that all checkpoints of the run stem from."""
+        config = {k: v for k, v in self.run.config.items() if k not in dinodiff.MAY_CHANGE}
+        return digest(config, weights_digest(self.run.vae, self.run.vit))
 
     def block(self, i: int) -> int:
         """The block of the bootstrap that the patient of image i falls in (the image itself, where its patient is unknown)."""
@@ -466,10 +481,28 @@ class Trial:
         return [tuple(name for name, y in zip(self.names, row) if y) for row in self.targets[indices]]
 
 
+def digest(*values) -> str:
+    """A short name for values that JSON can hold."""
+    return hashlib.blake2b(json.dumps(values, default=str).encode(), digest_size=5).hexdigest()
+
+
+def weights_digest(*nets: nn.Module) -> str:
+    return digest(*(float(p.double().sum()) for net in nets for p in net.parameters()))
+
+
+def exactly(images, i: int) -> np.ndarray:
+    """Image i, uint8 (size, size). Where training takes another image for one that cannot be read, a measurement must not."""
+    try:
+        return images.read(int(i))
+    except data.Unreadable as error:
+        raise UserError(f"{images.name}: {error}. Each image counts in a measurement: take this one out of the set, or make "
+                        "shards with `data.py prepare`, which leaves such files out") from None
+
+
 def read(images, indices) -> Tensor:
     """uint8 (n, size, size); several readers at once."""
     with ThreadPoolExecutor(8) as readers:
-        return torch.from_numpy(np.stack(list(readers.map(lambda i: images[int(i)], indices))))
+        return torch.from_numpy(np.stack(list(readers.map(lambda i: exactly(images, i), indices))))
 
 
 def chunks(items, size: int):
@@ -534,14 +567,14 @@ def open_trial(s: Common) -> Trial:
     if s.checkpoint not in ("newest", "best") and not s.checkpoint.isdigit():
         raise UserError(f"found --checkpoint {s.checkpoint!r}, expected newest, best or a step")
     run = open_run(folder, None if s.checkpoint == "newest" else s.checkpoint, s.device)
-    trained_on, seed = run.config["data"], run.config["seed"] + 1  # the seed of imaginary patients that training never saw
+    trained_on, seed = run.config["data"], run.config["seed"] + 1  # the seed of phantoms that training never saw
     if not s.data and trained_on != "phantom":
         raise UserError(f"{folder} was trained on {trained_on}: name labelled images that it has not seen, with --data (--labels)")
     images = (data.open_data("phantom", run.size, seed=seed, count=1024) if (s.data or "phantom") == "phantom" else
               data.open_data(s.data, run.size, offline=s.offline, labels=s.labels or None))
     patients, notes = list(images.patients), []
     pool, test = data.split_by_patient(patients, s.held_out, s.seed)
-    if all(re.fullmatch(r"p?1\d{7}", p) for p in patients):  # MIMIC-CXR: the paper's own split
+    if any(patients) and all(re.fullmatch(r"p?1\d{7}", p) for p in patients):  # MIMIC-CXR: the paper's own split
         is_test = np.array([data.is_mimic_test(p) for p in patients])
         pool, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
     if not any(patients):
@@ -551,31 +584,45 @@ def open_trial(s: Common) -> Trial:
                         "expected more, of several patients; see --held-out")
     names = [n for n in data.label_names(images.labels) if sum(n in images.labels[i] for i in pool) >= s.prevalence * len(pool)]
     targets = np.array([[name in row for name in names] for row in images.labels], np.float32).reshape(len(images), len(names))
-    trial = Trial(run, images, pool, test, names, targets, Path(s.out) if s.out else folder / "eval", rank, world, notes)
-    train = training_images(trial)
+    if s.checkpoint == "best":
+        notes.append("The checkpoint is the one with the best FID (best.json); if that was measured on these images, they chose it.")
+    trial = Trial(run, images, seed, pool, test, names, targets, Path(s.out) if s.out else folder / "eval", rank, world, notes)
+    train = training_images(run, notes)
     if train is not None:
-        trained, tested = identities(train, run.config["seed"], range(len(train))), identities(images, seed, test)
-        refuse(s, trial, "patients of the test part are among those that the generator was trained on",
-               sorted(trained & tested))
+        for what, shared in zip(("patients", "images"), shared_with(train, run.config["seed"], images, seed, test, notes)):
+            refuse(s, trial, f"{what} of the test part are among those that the generator was trained on", shared)
     return trial
 
 
-def training_images(trial: Trial):
+def training_images(run: dinodiff.Run, notes: list[str]):
     """The set that the generator was trained on, or None, with a note, where it is out of reach."""
-    c = trial.run.config
     try:
-        return data.open_data(c["data"], trial.run.size, seed=c["seed"], offline=True)
+        return data.open_data(run.config["data"], run.size, seed=run.config["seed"], offline=True)
     except (UserError, OSError) as error:
         why = str(error).splitlines()[0]
-        trial.notes.append(f"The generator's training images are out of reach ({why}): leaks were not looked for.")
+        notes.append(f"The generator's training images are out of reach ({why}): leaks were not looked for.")
         return None
 
 
-def identities(images, seed: int, indices) -> set[str]:
-    """What identifies the patients of images: provider and patient, and the file's name, whatever its provider is called."""
-    world = f"phantoms of seed {seed}, " if images.name == "phantom" else ""
-    found = {world + images.keys[i].rsplit("/", 1)[-1].split(".")[0] for i in indices}
-    return found | {f"{world}{images.providers[i]}, patient {images.patients[i]}" for i in indices if images.patients[i]}
+def shared_with(train, train_seed: int, images, seed: int, test, notes: list[str]) -> tuple[list[str], list[str]]:
+    """Patients, and file names, of images[test] that are in `train` too; a note where they cannot be compared.
+
+    A file name counts where it is unique in its set ("view1_frontal" says nothing), a patient together with its provider.
+    """
+    if (images.name == "phantom") != (train.name == "phantom") or images.name == train.name == "phantom" and seed != train_seed:
+        return [], []  # imaginary patients are no one else's
+
+    def once(keys):
+        stems = collections.Counter(key.rsplit("/", 1)[-1].split(".")[0] for key in keys)
+        return {stem for stem, count in stems.items() if count == 1}
+
+    people = lambda ds, rows: {(ds.providers[i], ds.patients[i]) for i in rows if ds.patients[i]}
+    trained, tested = people(train, range(len(train))), people(images, test)
+    if not trained or not {provider for provider, _ in trained} & {provider for provider, _ in tested}:
+        notes.append("The generator's training images and these have no provider with known patients in common: a patient on both "
+                     "sides was looked for by file name only.")
+    return ([f"{provider}, patient {patient}" for provider, patient in sorted(trained & tested)],
+            sorted(once(train.keys) & once(images.keys[i] for i in test)))
 
 
 def refuse(s: Common, trial: Trial, what: str, shared: list[str]) -> None:
@@ -593,16 +640,21 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def finish(trial: Trial, s: Common, name: str, lines: list[str]) -> str:
-    """Write a section of the report, with the notes and the command that makes it again; -> its text."""
-    base, flags = defaults_for(type(s))(["--run", str(trial.run.folder)]), ""
+def command_of(name: str, s, folder: Path) -> str:
+    """The command line of these settings, in backquotes."""
+    base, flags = defaults_for(type(s))(["--run", str(folder)]), ""
     for field in dataclasses.fields(s):
         value = getattr(s, field.name)
         if value != getattr(base, field.name) and field.name != "run":
             words = " ".join(map(str, value)) if type(value) is tuple else f"'{value}'" if type(value) is str else str(value)
             flags += f" --{'no-' * (value is False)}{field.name.replace('_', '-')}" + f" {words}" * (type(value) is not bool)
+    return f"`python evaluate.py {name} --run {folder}{flags}`"
+
+
+def finish(trial: Trial, s: Common, name: str, lines: list[str]) -> str:
+    """Write a section of the report, with the notes and the command that makes it again; -> its text."""
     text = "\n".join([*lines, "", *(f"> {note}\n" for note in dict.fromkeys(trial.notes)),
-                      f"`python evaluate.py {name} --run {trial.run.folder}{flags}`", ""])
+                      command_of(name, s, trial.run.folder), ""])
     if trial.rank == 0:
         data.write_file(trial.out / f"{name}.md", text)
         print(f"\n{text}\n-> {trial.out / name}.md", flush=True)
@@ -643,18 +695,27 @@ def protocol(s: Common, trial: Trial):
     recipe = TINY[Classify] if trial.run.config["preset"] == "tiny" else Classify()
     recipe = dataclasses.replace(recipe, size=min(recipe.size, trial.run.size), epochs=16)
     # Outside of the run folder, so that all runs on this machine are measured with one net
-    place = data.cache_folder() / "features" / trial.key("local", s.seed, s.held_out, recipe)
+    place = data.cache_folder() / "features" / trial.key("local", trial.names, s.seed, s.held_out, recipe)
 
     def train_local():
-        pool = trial.pool[:5000]
-        train, val = data.split_by_patient([trial.images.patients[i] for i in pool], 0.2, s.seed)
-        part = lambda rows: (read(trial.images, pool[rows]).numpy(), trial.targets[pool[rows]])
-        net, told = fit(recipe, part(train), part(val), s.seed, device)
-        print(f"protocol local: a DenseNet trained on {len(train)} images, {told['epochs']} epochs, "
-              f"validation AUC {told['val']:.3f}")
-        net.save_pretrained(place)
+        with data.locked(place):
+            if (place / "model.safetensors").is_file():
+                return
+            pool = trial.pool[:5000]
+            train, val = data.split_by_patient([trial.images.patients[i] for i in pool], 0.2, s.seed)
+            part = lambda rows: (read(trial.images, pool[rows]).numpy(), trial.targets[pool[rows]])
+            net, told = fit(recipe, part(train), part(val), s.seed, device)
+            print(f"protocol local: a DenseNet trained on {len(train)} images, {told['epochs']} epochs, "
+                  f"validation AUC {told['val']:.3f}")
+            net.save_pretrained(place)
 
-    on_first_rank(lambda: place.is_dir() or train_local())
+    try:
+        on_first_rank(train_local)
+    except UserError as error:
+        if name == "local":
+            raise
+        trial.notes.append(f"No features from these labels ({error}); those of DINO instead.")
+        return protocol(dataclasses.replace(s, protocol="dino"), trial)
     net = DenseNet.from_pretrained(place).to(device, memory_format=torch.channels_last).eval()
     return "local", net.classifier.in_features, lambda images: net.embed(xrays(images, recipe.size, 1.0, device)).float().cpu()
 
@@ -679,9 +740,9 @@ def gather(trial: Trial, embed, dim: int, rows: np.ndarray, picture, s: Fid) -> 
     return moments.merge(), torch.stack([kept[i] for i in sorted(kept)])
 
 
-def compare(real: tuple[Moments, Tensor], fake: tuple[Moments, Tensor], s: Fid) -> dict:
-    """Every distance of two sets of features, as plain numbers."""
-    kid, kid_error = kernel_distance(real[1], fake[1], with_error=True)
+def compare(real: tuple[Moments, Tensor], fake: tuple[Moments, Tensor], s: Fid, paired: bool) -> dict:
+    """Every distance of two sets of features, as plain numbers; paired: each fake was made from the real image in its place."""
+    kid, kid_error = kernel_distance(real[1], fake[1], True, paired)
     fid, error = frechet_distance(*real[0].mean_cov(), *fake[0].mean_cov()), bootstrap_error(real[0], fake[0], s.resamples)
     return {"fid": fid, "fid_error": error, "fid_95": [max(0.0, fid - 1.96 * error), fid + 1.96 * error], "kid": kid,
             "kid_error": kid_error, **prdc(real[1], fake[1], min(s.neighbours, len(real[1]) - 1, len(fake[1]) - 1))}
@@ -699,8 +760,8 @@ def fid(s: Fid) -> str:
     draw = lambda rows, most: rows[np.argsort(hash64(s.seed, 3, rows))][:most]
     test = draw(trial.test, s.count)
     n, others = len(test), draw(trial.pool, len(test))
-    score = lambda rows, picture: compare(real, gather(trial, embed, d, rows, picture, s), s)
-    key = trial.key(name, s.held_out, s.count, s.steps, s.seed, s.companions, s.neighbours, s.resamples, s.xrv)
+    score = lambda rows, picture: compare(real, gather(trial, embed, d, rows, picture, s), s, rows is test)
+    key = trial.key(trial.generator, name, s.held_out, s.count, s.steps, s.seed, s.companions, s.neighbours, s.resamples, s.xrv)
     path = trial.out / f"fid-{key}.json"
     fresh = {"protocol": name, "images": n, "dimensions": d, "floors": {}, "steps": {}}
     known = json.loads(path.read_text()) if path.is_file() else fresh
@@ -789,6 +850,9 @@ def fit(s: Classify, train, val, seed: int, device, steps_an_epoch: int = 0) -> 
     train, val: (images, targets float32 (n, L)), images[rows] -> uint8 (b, S, S). UserError where val has one class only.
     """
     images, targets = train
+    if min(len(targets), len(val[1])) < 2:
+        raise UserError(f"{len(targets)} images to train on and {len(val[1])} to validate on, expected at least 2 of each; take more "
+                        "images, of more patients")
     if not np.isfinite(label_aucs(val[1], np.zeros_like(val[1]))).any():
         raise UserError(f"each finding is in all or in none of the {len(val[1])} validation images (one class only): "
                         "an AUC needs both; take more images or fewer folds")
@@ -804,11 +868,14 @@ def fit(s: Classify, train, val, seed: int, device, steps_an_epoch: int = 0) -> 
     n, best, best_epoch, kept = len(targets), -1.0, 0, None
     count = steps_an_epoch or -(-n // s.batch)
     shown = count * min(s.batch, n) if steps_an_epoch else n  # images an epoch
+    rounds = -(-shown // n)
     for epoch in range(s.epochs):
         net.train()
-        order = np.concatenate([np.random.default_rng((seed, epoch, k)).permutation(n) for k in range(-(-shown // n))])[:shown]
-        for rows in np.array_split(order, count):  # near-equal batches: none of a single image, which batch norm could not take
-            x = data.augment(torch.from_numpy(images[rows]).to(device), rows, epoch, seed)
+        passes = range(epoch * rounds, (epoch + 1) * rounds)  # over the images: each shows them otherwise augmented
+        order = np.concatenate([np.random.default_rng((seed, k)).permutation(n) for k in passes])[:shown]
+        places = np.array_split(np.arange(shown), count)  # near-equal batches: none of one image, which batch norm could not take
+        for rows, at in ((order[part], passes[0] + part // n) for part in places):
+            x = data.augment(torch.from_numpy(images[rows]).to(device), rows, at, seed)
             if x.shape[-1] != s.size:
                 x = F.interpolate(x, (s.size, s.size), mode="bilinear", antialias=True, align_corners=False)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -821,7 +888,7 @@ def fit(s: Classify, train, val, seed: int, device, steps_an_epoch: int = 0) -> 
         plateau.step(auc)
         if auc > best:
             best, best_epoch, kept = auc, epoch, {k: v.clone() for k, v in net.state_dict().items()}
-        elif epoch - best_epoch >= s.stop:
+        elif epoch - best_epoch >= s.stop and not steps_an_epoch:
             break
     if kept is None:
         raise UserError(f"the validation AUC was never a number; lower --lr (now {s.lr:g})")
@@ -866,7 +933,7 @@ def nearer_label(targets, pairs) -> np.ndarray:
 def synthesise(s: Classify, trial: Trial, subset: np.ndarray, pairs: list, name: str) -> data.Images:
     """Images of lerp(c_i, c_j, r) for each (i, j, r), positions in `subset`, as tar shards, made once; a killed run goes on."""
     run, tokens, clock, made = trial.run, {}, time.perf_counter(), 0
-    key = trial.key(name, run.step, s.steps, s.seed, s.held_out, s.prevalence, s.sizes, s.folds)
+    key = trial.key(trial.generator, run.step, name, s.steps, s.seed, s.held_out, s.prevalence, s.sizes, s.folds, s.per_shard)
     folder = trial.out / "synthetic" / f"{name}-{key}"
     ends = np.array([i if r < 0.5 else j for i, j, r in pairs])
     labels, patients = trial.labels(subset[ends]), [trial.images.patients[i] for i in subset[ends]]
@@ -906,7 +973,7 @@ def stored_pixels(images, indices, size: int, path: Path, rank: int) -> Path:
         partial = path.with_name(f".{path.name}.partial")
         array = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(indices), size, size))
         with ThreadPoolExecutor(8) as readers:
-            for n, image in enumerate(readers.map(lambda i: data.resize(images[int(i)], size), indices)):
+            for n, image in enumerate(readers.map(lambda i: data.resize(exactly(images, i), size), indices)):
                 array[n] = image
         array.flush()
         os.replace(partial, path)
@@ -1005,7 +1072,7 @@ def classify(s: Classify) -> str:
         raise UserError(f"{trial.images.name} has no labels, expected findings: give --labels file.csv (file,patient,labels)")
     s = dataclasses.replace(s, size=min(s.size, trial.run.size))
     about = {"sizes": (), "ratios": (), "strategies": (), "out": "", "run": "", "micro_batch": 0}
-    cells = trial.out / "classify" / trial.key("classify", trial.run.step, dataclasses.replace(s, **about))
+    cells = trial.out / "classify" / trial.key(trial.generator, trial.run.step, dataclasses.replace(s, **about))
     picks = data.balanced_subsets(trial.labels(trial.pool), s.sizes, s.seed)
     most, ratio_most = max(picks), max(s.ratios)
     subset = trial.pool[picks[most]]  # the subset of each smaller N is its beginning
@@ -1019,6 +1086,9 @@ def classify(s: Classify) -> str:
         patients = [trial.images.patients[i] for i in subset[:n]]
         for k, members in enumerate(data.folds_by_patient(patients, trial.labels(subset[:n]), s.folds, s.seed)):
             fold[n][members] = k
+
+    if not np.isfinite(label_aucs(y_test, np.zeros_like(y_test))).any():
+        raise UserError(f"each finding is in all or in none of the {len(y_test)} test images, expected both kinds; see --held-out")
 
     made = {}  # (strategy, N) -> pixel file, ends (m, 2), labels; reconstructions are "pairs" (i, i, 0), variant after variant
     for strategy in s.strategies:
@@ -1121,7 +1191,7 @@ def spread(rows: np.ndarray, count: int) -> np.ndarray:
 def audit(s: Audit) -> str:
     """Is a synthetic image nearer to a training image than unseen real ones are? Do the splits share copies?"""
     trial = open_trial(s)
-    run, images, train = trial.run, trial.images, training_images(trial)
+    run, images, train = trial.run, trial.images, training_images(trial.run, trial.notes)
     if train is None:
         raise UserError(f"the training images of {run.folder} ({run.config['data']}) are out of reach, expected them for a search")
     name, _, embed = protocol(s, trial)
@@ -1129,7 +1199,8 @@ def audit(s: Audit) -> str:
     both = lambda pictures: dict(zip(spaces, map(torch.cat, zip(*((thumbnails(p), embed(p)) for p in pictures)))))
     trained, test = spread(np.arange(len(train)), s.train_images), spread(trial.test, 4 * s.count)
     parts = data.progress([trained[k:k + 256] for k in range(0, len(trained), 256)], "reading training images", unit=" x 256")
-    bank, unseen = both(read(train, part) for part in parts), both(read(images, part) for part in chunks(test, 256))
+    bank = both(torch.from_numpy(np.stack([train[int(i)] for i in part])) for part in parts)
+    unseen = both(read(images, part) for part in chunks(test, 256))
     calibration = {space: nearest(unseen[space], bank[space])[0] for space in spaces}
     rows = [[space, "unseen real images", len(test), f"{np.median(calibration[space]):.3f}", "5 %", "0.50", "", ""]
             for space in spaces]
@@ -1204,6 +1275,7 @@ PAPER_DICE = {  # Table 2 of the paper: mean and SD of Dice in %
     "paper: DiNOv2-Diffusion (t 300, M 16, tau 0.05)":
         {"shenzhen": (82.3, 15.7), "jsrt": (84.7, 11.3), "montgomery": (87.1, 3.4), "combined": (83.6, 13.6)},
     "paper: fully supervised (other works)": {"shenzhen": (98.3, None), "jsrt": (97.9, None), "montgomery": (97.7, None)}}
+PAPER_SETS = {"shenzhen": "shenzhen|china", "jsrt": "jsrt", "montgomery": "montgomery"}  # and what folders of them are called
 ORACLE, RULE, BELIEF = 0, 1, 2  # columns of scores: Dice of either selection, and what the rule alone can see of its own
 OWN_TAU = (0.3, 0.4, 0.5, 0.6)  # CHOICE: taus of an image without any mask: these parts of the median divergence of its maps
 
@@ -1303,13 +1375,18 @@ class LungImages:
     """images uint8 (n, size, size), masks bool (n, 2, size, size) of all sets; tuning (n,) marks half of each, by patient."""
 
     def __init__(self, settings: SegmentSettings, run: dinodiff.Run):
-        sets, images, masks, tuning, self.sets = {}, [], [], [], []
+        sets, images, masks, tuning, self.sets, self.notes, self.seed = {}, [], [], [], [], [], run.config["seed"] + 2_000_003
+        train = training_images(run, self.notes)
         for spec in settings.data:
             if spec == "phantom":  # patients of another seed than the training's; one image of each
-                found = data.open_data(spec, run.size, run.config["seed"] + 1_000_003, count=4 * (settings.limit or 256))
+                found = data.open_data(spec, run.size, self.seed, count=4 * (settings.limit or 256))
                 sets["phantom"] = found, range(0, len(found), 4)
-            else:
-                sets |= {name: (ds, range(len(ds))) for name, ds in data.lung_sets(spec, run.size).items()}
+                continue
+            for name, ds in data.lung_sets(spec, run.size).items():
+                known = next((known for known, words in PAPER_SETS.items() if re.search(words, name, re.I)), name)
+                if known in sets:
+                    raise UserError(f"found two sets called {known} ({spec}), expected each once")
+                sets[known] = ds, range(len(ds))
         for name, (ds, rows) in sets.items():
             rows = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), settings.limit or len(rows)))]
             pictures = [ds[i] for i in rows]
@@ -1320,6 +1397,11 @@ class LungImages:
             self.sets += [name] * len(kept)
             half = data.split_by_patient([ds.patients[rows[k]] for k in kept], 0.5, settings.seed)[0]
             tuning += [k in half for k in range(len(kept))]
+            tested = np.array([rows[k] for k in kept])[np.setdiff1d(np.arange(len(kept)), half)]
+            people, files = shared_with(train, run.config["seed"], ds, self.seed, tested, self.notes) if train else ([], [])
+            if files or people:
+                self.notes.append(f"{name}: the generator was trained on {len(files)} of these {len(tested)} images of the half that "
+                                  f"is scored (masks unused), and on {len(people)} of their patients.")
         self.images, self.masks, self.tuning = torch.from_numpy(np.stack(images)), np.stack(masks), np.array(tuning)
         self.groups = {name: np.array([s == name for s in self.sets]) for name in sets}
         self.groups |= {"Combined": np.ones(len(images), bool)} if len(sets) > 1 else {}
@@ -1343,16 +1425,21 @@ class Sweep:
 def stored_attention(sweep: Sweep, run: dinodiff.Run, images: torch.Tensor, t: int, settings: SegmentSettings) -> torch.Tensor:
     """A (B, S², S²) float32 of images uint8 (B, size, size), from the run's eval/cache, or computed and put there as fp16.
 
-    A file an image, named by model, checkpoint, t and the picture's own bytes: a killed run goes on, and a set may grow.
+    A file an image, named by model, weights, t and the picture's own bytes: a killed run goes on, and a set may grow.
     """
-    kind = f"{sweep.name}-{run.step:07d}-t{t:03d}" + (f"-noise{settings.seed}" if settings.noise else "")
+    fixed = [] if sweep.c is None else sweep.c.tolist()
+    kind = f"{sweep.name}-{run.step:07d}-t{t:03d}-{digest(weights_digest(run.unet, run.vae, run.vit), fixed)}"
+    kind += f"-noise{settings.seed}" if settings.noise else ""
     names = [hashlib.sha1(image.numpy().tobytes()).hexdigest()[:24] for image in images]
     files = [run.folder / "eval" / "cache" / re.sub(r"\W+", "-", kind) / f"{name}.safetensors" for name in names]
     new, fresh = [i for i, file in enumerate(files) if not file.is_file()], {}
     if new:
-        c = dinodiff.encode_tokens(run, images[new]) if sweep.c is None else sweep.c.expand(len(new), -1, -1)
+        c = (dinodiff.encode_tokens(run, images[new]) if sweep.c is None else
+             sweep.c.expand(len(new), -1, run.unet.config.cross_attention_dim))  # a (1, 1) zero becomes a token of zeros
         seeds = [settings.seed + int(names[i][:8], 16) for i in new] if settings.noise else None
         for i, A in zip(new, diffseg.attention(run, images[new], c, t, seeds, sweep.last).cpu()):
+            if not A.isfinite().all():
+                raise UserError(f"{run.folder}, step {run.step}: attention of {sweep.name!r} is not finite; its weights are broken")
             fresh[i] = (A * len(A)).half()  # TRAP: entries near 1/4096 would lose half of fp16's digits; these have mean 1
             if settings.maps:
                 data.write_file(files[i], save({"A": fresh[i]}))
@@ -1402,26 +1489,34 @@ def segment(settings: SegmentSettings) -> str:
         raise UserError(f"found --timesteps {settings.timesteps}, expected numbers from 0 to 999")
     folder = Path(settings.run or dinodiff.newest_run())
     run = dinodiff.load_run(folder, None, settings.device)
+    if "phantom" in settings.data and run.config["data"] != "phantom":
+        raise UserError(f"{folder} was trained on {run.config['data']}: name folders with lung masks, with --data")
     lungs, out = LungImages(settings, run), Path(settings.out) if settings.out else folder / "eval"
+    if not all(c in ("all", "newest", "best") or c.isdigit() for c in settings.checkpoints):
+        raise UserError(f"found --checkpoints {settings.checkpoints}, expected all, newest, best or steps")
     steps = run.checkpoints if "all" in settings.checkpoints else sorted({
         dinodiff.load_run(folder, s if s == "best" else None if s == "newest" else int(s)).step for s in settings.checkpoints})
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        nets = {f"untrained UNet (seed {settings.seed})": (UNet(run.unet.config), None)}
+    opened = lambda step: dinodiff.load_run(folder, step, settings.device)
+    frozen = lambda net: dataclasses.replace(run, unet=net.to(run.device).eval().requires_grad_(False), step=0)
+
+    def untrained(step):
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            return frozen(dinodiff.from_scratch(run.unet.config))
+
+    nets = {"this run": (opened, steps), f"untrained UNet (seed {settings.seed})": (untrained, [0])}
+    sweeps = [Sweep(name + f", last {last} of its maps" * bool(last), *how, last=last)
+              for name, how in nets.items() for last in (0, *settings.last)]
     if settings.init:
-        net = UNet.from_pretrained(dinodiff.SD15, "unet") if settings.init == "sd15" else UNet.from_pretrained(settings.init)
+        place = (dinodiff.SD15, "unet") if settings.init == "sd15" else (settings.init,)
         # CHOICE: without a text encoder "empty" is one zero token: cross-attention then adds its bias, and no text at all.
         empty = settings.context == "empty"
-        c = torch.zeros(1, net.config.cross_attention_dim) if empty else load_file(settings.context)["context"].float()
-        nets[f"{settings.init} ({Path(settings.context).stem} context)"] = net, c
-    opened = lambda step: dinodiff.load_run(folder, step, settings.device)
-    sweeps = [Sweep("this run", opened, steps)]
-    sweeps += [Sweep(f"this run, last {last} of its maps", opened, steps, last=last) for last in settings.last]
-    for name, (net, c) in nets.items():
-        frozen = dataclasses.replace(run, unet=net.to(run.device).eval().requires_grad_(False), step=0)
-        sweeps.append(Sweep(name, lambda step, frozen=frozen: frozen, [0], c))
+        c = torch.zeros(1, 1) if empty else load_file(settings.context)["context"].float()
+        sweeps.append(Sweep(f"{settings.init} ({Path(settings.context).stem} context)",
+                            lambda step: frozen(UNet.from_pretrained(*place)), [0], c))
     passes = sum(len(sweep.steps) - 1 + len(settings.timesteps) for sweep in sweeps)
     need = passes * len(lungs.images) * 2 * (run.size // run.vae.config.factor) ** 4 if settings.maps else 0
+    need -= sum(file.stat().st_size for file in (folder / "eval/cache").rglob("*.safetensors")) if settings.maps else 0
     print(f"{len(lungs.images)} images, {passes} passes each, {need / 1e9:.2f} GB of attention maps in {folder / 'eval/cache'}")
     if need > shutil.disk_usage(folder).free:
         raise UserError(f"found {shutil.disk_usage(folder).free / 1e9:.0f} GB free, expected {need / 1e9:.0f} GB for the maps: "
@@ -1430,8 +1525,8 @@ def segment(settings: SegmentSettings) -> str:
     for sweep in sweeps:
         for step in sweep.steps:
             measure(sweep, step, base, lungs, settings)
-        step = sweep.best(ORACLE, lungs.tuning)[0]
-        for t in sorted(set(settings.timesteps) - {base}):
+        best = {sweep.best(ORACLE, which)[0] for which in (lungs.tuning, np.ones_like(lungs.tuning))}
+        for step, t in itertools.product(sorted(best), sorted(set(settings.timesteps) - {base})):
             measure(sweep, step, t, lungs, settings)
     if ranks()[0]:
         return barrier() or ""  # the first rank draws and writes
@@ -1441,10 +1536,16 @@ def segment(settings: SegmentSettings) -> str:
     cell = lambda v: "–" if v is None else f"{v[0]:.1f}" if v[1] is None else f"{v[0]:.1f} ± {v[1]:.1f}"
     lines = ["Dice (%), mean ± SD | " + " | ".join(f"{name} ({group.sum()})" for name, group in lungs.groups.items())]
     lines += ["|".join(["---"] * (len(lungs.groups) + 1))]
+    comparable = set(lungs.groups) - ({"Combined"} if set(lungs.sets) != set(PAPER_SETS) else set())
     for title, row in (rows | PAPER_DICE).items():
-        lines += [" | ".join([title] + [cell(row.get(name) or row.get(name.lower())) for name in lungs.groups])]
-    text = "\n".join(["## Zero-shot lung segmentation (Table 2)", "", *(f"| {line} |" for line in lines), "",
-                      *(f"![{p.stem}]({p.name})" for p in pictures), ""])
+        shown = [row.get(name) or (row.get(name.lower()) if name in comparable else None) for name in lungs.groups]
+        lines += [" | ".join([title, *map(cell, shown)])] * any(shown)
+    text = "\n".join([
+        "## Zero-shot lung segmentation (Table 2)", "", *(f"| {line} |" for line in lines), "",
+        "Oracle: segments chosen by their Dice with the true lungs, as in the paper. Rule: chosen by where lungs are expected and by "
+        "darkness; it reads no mask, but its constants, and the rows of late maps alone, were chosen by people who had looked at "
+        "such images. n: images scored.", "", *(f"![{p.stem}]({p.name})\n" for p in pictures),
+        *(f"> {note}\n" for note in dict.fromkeys(lungs.notes)), command_of("segment", settings, folder), ""])
     data.write_file(out / "segment.md", text)
     mean = lambda score: {name: score[group].mean(0)[:2].round(4).tolist() for name, group in lungs.groups.items()}
     cells = {sweep.name: [dict(zip(("step", "t", "M", "tau"), key)) | mean(score) for key, score in sweep.scores.items()]
@@ -1461,20 +1562,27 @@ def table_rows(sweeps: list[Sweep], lungs: LungImages, settings: SegmentSettings
     everyone, truth, rows = np.ones(len(lungs.sets), bool), lungs.masks.any(1), {}
     row = lambda dice, which: {name: (100 * dice[group & which].mean(), 100 * dice[group & which].std())
                                for name, group in lungs.groups.items() if (group & which).any()}
+    halves = ("tuned on these images, as the paper does", everyone, everyone), ("tuned on the other half", lungs.tuning, ~lungs.tuning)
     say = lambda key: f"step {key[0]}, t {key[1]}, M {key[2]}, tau {key[3] or 'of each image'}"
     for sweep in sweeps:
         for column, who in ((ORACLE, "oracle"), (RULE, "rule")):
-            for how, tuning, test in (("tuned on these images, as the paper does", everyone, everyone),
-                                      ("tuned on one half, scored on the other", lungs.tuning, ~lungs.tuning)):
+            for how, tuning, test in halves:
                 key = sweep.best(column, tuning)
-                rows[f"{sweep.name}, {who}, {how} ({say(key)})"] = row(sweep.scores[key][:, column], test)
-        key = sweep.steps[-1], base, settings.grids[0], None
-        rows[f"{sweep.name}, rule, no mask used at all ({say(key)})"] = row(sweep.scores[key][:, RULE], everyone)
-    expectation = lambda image: expected_lungs(image).max(0) > 0.5
-    for name, guess in (("the rule's expectation alone", expectation), ("Otsu's threshold, two dark regions", otsu_lungs)):
-        scores = [dice_score(guess(image), mask) for image, mask in zip(lungs.images.numpy(), truth)]
-        rows[f"no network: {name}"] = row(np.array(scores), everyone)
+                rows[f"{sweep.name}, {who}, {how}, n = {test.sum()} ({say(key)})"] = row(sweep.scores[key][:, column], test)
+        key = rule_key(sweep, settings, base)
+        for test in (everyone, ~lungs.tuning):
+            rows[f"{sweep.name}, rule, settings fixed beforehand, n = {test.sum()} ({say(key)})"] = row(sweep.scores[key][:, RULE], test)
+    guesses = {"the rule's expectation alone": lambda image: expected_lungs(image).max(0) > 0.5,
+               "Otsu's threshold, two dark regions": otsu_lungs, "the whole picture": np.ones_like}
+    for (name, guess), test in itertools.product(guesses.items(), (everyone, ~lungs.tuning)):
+        scores = [dice_score(guess(image) > 0, mask) for image, mask in zip(lungs.images.numpy(), truth)]
+        rows[f"no network: {name}, n = {test.sum()}"] = row(np.array(scores), test)
     return rows
+
+
+def rule_key(sweep: Sweep, settings: SegmentSettings, base: int) -> tuple:
+    """The setting of the rule that was fixed beforehand: newest checkpoint, base timestep, first grid, each image's own tau."""
+    return sweep.steps[-1], base, settings.grids[0], None
 
 
 def segment_figures(sweep: Sweep, lungs: LungImages, settings: SegmentSettings, base: int, out: Path) -> list[Path]:
@@ -1494,17 +1602,23 @@ def segment_figures(sweep: Sweep, lungs: LungImages, settings: SegmentSettings, 
             rest = ", ".join(f"{n} {v:g}" for n, v in zip(names, fixed) if v is not None)
             title = f"Dice by {label} ({sweep.name}; {rest})"
             paths.append(Path(plot_lines(out / f"figure{number}.png", series, title, label, "Dice (%)", log_x=axis == 3)))
-    dice, run, rows = sweep.scores[best][:, ORACLE], sweep.open(best[0]), []
+    dice, rows = sweep.scores[best][:, ORACLE], []
+    run, late = sweep.open(best[0]), sweep.open(sweep.steps[-1])
     for name in dict.fromkeys(lungs.sets):
         order, few = sorted(np.flatnonzero(lungs.groups[name]), key=lambda i: -dice[i]), 4 if len(lungs.groups) == 1 else 2
         rows += [(f"{name}, {kind}", i) for kind, part in (("best", order[:few]), ("worst", order[few:][-few:])) for i in part]
     panels, captions = [], []
     for _, i in rows:
         image, truth = lungs.images[i].numpy(), lungs.masks[i]
-        A = stored_attention(sweep, run, lungs.images[i:i + 1], best[1], settings)[0].to(run.device)
+        A, late_A = (stored_attention(sweep, at, lungs.images[i:i + 1], t, settings)[0].to(run.device)
+                     for at, t in ((run, best[1]), (late, base)))
         labels = diffseg.segment(A, run.size, best[2], best[3]).cpu().numpy()
-        picks = [select(candidates(labels), target.reshape(2, -1))[0] for target in (truth, expected_lungs(image))]
-        picks = [pick.reshape(image.shape) for pick in picks]
+        middle = diffseg.divergence(late_A[diffseg.anchors(math.isqrt(len(A)), settings.grids[0]).to(A.device)], late_A).median().item()
+        own = [diffseg.segment(late_A, run.size, settings.grids[0], part * middle).cpu().numpy() for part in OWN_TAU]
+        prior = expected_lungs(image).reshape(2, -1)
+        picks = [select(candidates(labels), truth.reshape(2, -1)),
+                 max((select(candidates(found), prior) for found in own), key=lambda pick: pick[1])]
+        picks = [chosen.reshape(image.shape) for chosen, _ in picks]
         grey = np.stack([image] * 3, 2).astype(float)
         tint = lambda mask, colour: np.where(mask[..., None], 0.6 * grey + 0.4 * np.array(colour), grey)
         colours = np.array([colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.75, 255) for k in range(labels.max() + 1)])
@@ -1728,9 +1842,15 @@ def plot_bars(path, groups: dict, title: str, ylabel: str, xlabel: str = "", zer
 # ---- Everything at once ---------------------------------------------------------------------------------------------------
 
 
-def evaluate_all(s: Common) -> None:
+@dataclass(frozen=True)
+class Everything(Common):
+    steps: int | None = None  # DDIM steps of a synthetic image; empty: each protocol's own
+    micro_batch: int | None = None  # images of one rank in one pass; empty: each protocol's own
+
+
+def evaluate_all(s: Everything) -> None:
     """Every protocol in turn -> report.md; what one cannot do is said there, and the others go on."""
-    rank, _ = ranks()
+    rank, world = ranks()
     folder = Path(s.run or dinodiff.newest_run())
     load_run(folder)  # a run without checkpoints ends here
     out, clock = Path(s.out) if s.out else folder / "eval", time.perf_counter()
@@ -1742,9 +1862,13 @@ def evaluate_all(s: Common) -> None:
         try:
             # --data names labelled images here; `segment` has its own default of images with masks
             given = {k: v for k, v in changed.items() if k in fields and (name, k) != ("segment", "data")}
+            if name == "segment" and s.checkpoint != "newest":
+                given["checkpoints"] = (s.checkpoint,)
             function(dataclasses.replace(defaults_for(kind)(["--run", str(folder)]), **given))
             print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
         except UserError as error:
+            if world > 1:  # where only this rank failed, the others wait for it: end the program, do not go on alone
+                dist.monitored_barrier(timeout=timedelta(minutes=2))
             failed[name] = str(error)
             print(f"{name} was left out: {error}", file=sys.stderr, flush=True)
     if len(failed) == len(COMMANDS):
@@ -1782,7 +1906,7 @@ COMMANDS = {"figures": (Figures, figures), "fid": (Fid, fid), "classify": (Class
 
 def main(argv: list[str] | None = None) -> None:
     commands = {name: (defaults_for(kind), function) for name, (kind, function) in COMMANDS.items()}
-    data.command_line(__doc__, {"": (Common(), evaluate_all), **commands, "convert": (Convert(), convert)}, argv)
+    data.command_line(__doc__, {"": (Everything(), evaluate_all), **commands, "convert": (Convert(), convert)}, argv)
 
 
 if __name__ == "__main__":

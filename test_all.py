@@ -1163,6 +1163,10 @@ def test_lung_masks_follow_their_image_in_all_published_forms(tmp_path):
         assert np.nonzero(masks[0])[1].mean() > np.nonzero(masks[1])[1].mean(), name
         assert (masks.any(0) & dark).sum() / (masks.any(0) | dark).sum() > 0.85, name
     assert list(data.lung_sets(tmp_path / "pairs", 50)) == ["pairs"]
+    for part in ("train", "val"):  # two patients called a: their masks would become one's left and right lung
+        save(f"two/{part}/images/a.png", image), save(f"two/{part}/masks/a.png", right)
+    with pytest.raises(data.UserError, match="two masks of one name"):
+        data.lung_sets(tmp_path / "two", 50) and data.lung_sets(tmp_path, 50)
     touching = np.zeros((20, 40), bool)
     touching[5:15, 4:36] = True
     halves = data._two_lungs(touching)
@@ -1710,6 +1714,9 @@ def test_diffseg_anchors_are_centred():
     assert (diffseg.anchors(64, 16)[:16] - 64).tolist() == list(range(1, 62, 4))
     assert diffseg.anchors(16, 16).tolist() == diffseg.anchors(16, 32).tolist() == list(range(256))
     assert diffseg.anchors(7, 1).tolist() == [24]
+    for S in range(16, 65):  # 224 px pictures have S = 28, where a step rounded down would see the middle third alone
+        line = diffseg.anchors(S, 16)[:16] % S
+        assert line.diff().min() > 0 and max(line[0], S - 1 - line[-1]) <= -(-S // 16)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-13)])
@@ -2104,6 +2111,18 @@ def test_kernel_distance_error_is_the_spread_of_repeated_draws():
     assert 0.8 < claimed / spread < 1.25
 
 
+def test_kernel_distance_of_pairs_from_one_law_is_zero_on_average():
+    """Reconstructions resemble their sources: with those pairs left in the cross mean, KID falls far below zero."""
+    g = torch.Generator().manual_seed(1)
+    draw = lambda: torch.randn(80, 8, generator=g)
+    found = []
+    for _ in range(60):
+        shared = draw()
+        found.append(evaluate.kernel_distance(shared + 0.2 * draw(), shared + 0.2 * draw(), with_error=True, paired=True))
+    values, errors = np.array(found).T
+    assert abs(values.mean()) < 4 * values.std() / 60**0.5 and 0.5 < errors.mean() / values.std() < 2
+
+
 def test_prdc_equals_its_definition():
     """A radius that counts the image itself as its neighbour, or recall and precision exchanged."""
     g = torch.Generator().manual_seed(2)
@@ -2313,6 +2332,54 @@ def test_classify_goes_on_where_it_was_killed_and_reuses_its_images(trial_run):
         for fold, n in zip(cell["folds"], real):
             wanted = {"real": n, "augment": n * (1 + cell["ratio"]), "synthetic": n * cell["ratio"]}
             assert fold["train"] == wanted[cell["experiment"]]
+
+
+def test_results_are_kept_for_the_images_patients_labels_and_weights_they_are_of(trial_run, tmp_path):
+    """A number measured under an older CSV, or attention maps of an older UNet, served again."""
+    import dinodiff
+    import shutil
+    shutil.copytree(trial_run / "test", tmp_path / "set")
+    rows = (trial_run / "test.csv").read_text()
+    key = lambda: evaluate.open_trial(evaluate.Common(run=str(trial_run / "run"), data=str(tmp_path / "set"))).key(1)
+    found = []
+    for text in (rows, rows.replace("|C", ""), rows.replace("test29,", "test28,")):
+        (tmp_path / "set.csv").write_text(text)
+        found += [key(), key()]
+    assert found[::2] == found[1::2] and len(set(found)) == 3
+    shutil.copytree(trial_run / "run", tmp_path / "run")
+    sweep, images = evaluate.Sweep("this run", None, [20]), torch.randint(0, 256, (2, 32, 32), dtype=torch.uint8)
+    maps = []
+    for scale in (1.0, 1.0, 1.5):
+        run = dinodiff.load_run(tmp_path / "run", 20)
+        run.unet.conv_in.weight.mul_(scale)
+        maps.append(evaluate.stored_attention(sweep, run, images, 300, evaluate.SegmentSettings()))
+    assert torch.equal(maps[0], maps[1]) and not torch.equal(maps[0], maps[2])
+
+
+def test_an_image_that_cannot_be_read_is_named_and_never_replaced_in_a_measurement(trial_run, tmp_path):
+    """Training takes another image instead; a test image would be scored under somebody else's findings."""
+    import shutil
+    shutil.copytree(trial_run / "test", tmp_path / "set")
+    shutil.copy(trial_run / "test.csv", tmp_path / "set.csv")
+    for i in range(60):
+        (tmp_path / f"set/test{i}.png").write_bytes((tmp_path / f"set/test{i}.png").read_bytes()[:60])
+    with pytest.raises(UserError, match=r"test\d+.png.*Each image counts"):
+        evaluate.fid(evaluate.Fid(run=str(trial_run / "run"), data=str(tmp_path / "set"), protocol="dino", out=str(tmp_path / "out")))
+    with pytest.raises(UserError, match="data.py prepare"):
+        data.open_data(str(tmp_path / "*.tar"), 32, labels=str(tmp_path / "set.csv"))
+
+
+def test_equal_steps_are_equal_and_show_an_image_differently_each_time(monkeypatch):
+    """Early stops that end cells of one column at different steps; the same augmented picture many times an epoch."""
+    rng, seen = np.random.default_rng(0), []
+    monkeypatch.setattr(data, "augment", lambda x, ids, step, seed, augment=data.augment: (
+        seen.extend(zip(np.asarray(ids).tolist(), np.broadcast_to(step, len(ids)).tolist())), augment(x, ids, step, seed))[1])
+    images, targets = rng.integers(0, 255, (30, 32, 32)).astype(np.uint8), (rng.random((30, 2)) < 0.5).astype(np.float32)
+    recipe = evaluate.Classify(epochs=5, batch=8, lr=1e-3, patience=1, stop=1, size=32, growth=4, blocks=(1, 1), width=8)
+    for n in (8, 20):
+        seen.clear()
+        told = evaluate.fit(recipe, (images[:n], targets[:n]), (images[20:], targets[20:]), 0, torch.device("cpu"), 6)[1]
+        assert told["steps"] == 30 and len(set(seen)) == len(seen) == 30 * 8
 
 
 def test_patients_on_both_sides_are_refused_by_name(trial_run):
