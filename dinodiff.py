@@ -226,8 +226,7 @@ class Train:
     vae_steps: int = 800  # of the VAE's training, where one is trained
     vit_steps: int = 250  # of DINO's
     cache: str = ""  # folder that `dinodiff.py cache` wrote: train on stored latents and tokens
-    # CHOICE: tiny does without: its few steps learn what a token says about an image only while images hold still.
-    augment: bool = False  # random sharpening and affine maps (paper 2.5); on in the other presets
+    augment: bool = True  # random sharpening and affine maps (paper 2.5)
     seed: int = 0
     checkpoint_every: int = 100  # steps
     sample_every: int = 200  # steps between sample grids
@@ -253,7 +252,7 @@ TINY = Train()
 
 MINI = Train(
     preset="mini", data="", size=256, steps=8000, batch=64, lr=4e-4, warmup=500, optimizer="adam8bit", ema=0.999, vae_steps=6000,
-    vit_steps=4000, augment=True, checkpoint_every=2000, sample_every=1000, dtype="bf16", workers=8,
+    vit_steps=4000, checkpoint_every=2000, sample_every=1000, dtype="bf16", workers=8,
     unet_config=UNetConfig(block_out_channels=(96, 192, 256), layers_per_block=1, cross_attention_dim=256, attention_head_dim=8,
                            down_block_types=(CROSS, CROSS, CROSS), sample_size=32),
     vae_config=VAEConfig(block_out_channels=(32, 64, 96, 128), layers_per_block=1, sample_size=256),
@@ -265,7 +264,7 @@ MINI = Train(
 # CHOICE: 868,394 images / 512 = 1,696 steps an epoch, so 100 epochs are 169,600 steps; the paper says ~140,000, which we take.
 PAPER = Train(
     preset="paper", data="", size=512, steps=140_000, batch=512, micro_batch=64, lr=1e-4, warmup=1000, optimizer="adam8bit", ema=0.0,
-    vae=SD15 + ":vae", vit="facebook/dino-vitb16", augment=True, checkpoint_every=2500, sample_every=2500, dtype="bf16", workers=8,
+    vae=SD15 + ":vae", vit="facebook/dino-vitb16", checkpoint_every=2500, sample_every=2500, dtype="bf16", workers=8,
     unet_config=UNetConfig(), vae_config=VAEConfig())
 
 PAPER_V2 = dataclasses.replace(PAPER, preset="paper-v2", vit="timm/vit_base_patch14_reg4_dinov2.lvd142m")

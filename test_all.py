@@ -483,7 +483,7 @@ import dataclasses, sys, torch
 import data
 from dinodiff import *
 torch.set_num_threads(1)
-small = dataclasses.replace(TINY, preset="small", size=32, batch=8, steps=12, vae_steps=3, vit_steps=3, augment=True, checkpoint_every=3, sample_every=100,
+small = dataclasses.replace(TINY, preset="small", size=32, batch=8, steps=12, vae_steps=3, vit_steps=3, checkpoint_every=3, sample_every=100,
     lr=1e-3, warmup=2, unet_config=UNetConfig(block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32, attention_head_dim=2,
     norm_num_groups=4, down_block_types=(CROSS, CROSS)), vae_config=VAEConfig(block_out_channels=(8, 16, 16), layers_per_block=1,
     norm_num_groups=4), vae_settings=VAESettings(batch=4), vit_config=ViTConfig(image_size=32, patch_size=8, hidden_size=32, depth=2, heads=2),
