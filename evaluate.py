@@ -52,7 +52,7 @@ import data
 import diffseg
 import dinodiff
 from data import UserError, hash64
-from unet import UNet
+from unet import CROSS, UNet
 from dinodiff import encode_tokens, generate, load_run
 
 XRV = "torchxrayvision/densenet121-res224-all"
@@ -1449,10 +1449,16 @@ def stored_attention(sweep: Sweep, run: dinodiff.Run, images: torch.Tensor, t: i
     return A / A.sum(2, keepdim=True)
 
 
+def map_side(run: dinodiff.Run) -> int:
+    """Side of the largest attention maps: the latent's, halved for each level before the first with attention."""
+    kinds = run.unet.config.down_block_types
+    return run.size // run.vae.config.factor >> (kinds.index(CROSS) if CROSS in kinds else len(kinds) - 1)
+
+
 def measure(sweep: Sweep, step: int, t: int, lungs: LungImages, settings: SegmentSettings) -> None:
     """Score every grid and threshold at one checkpoint and timestep, into sweep.scores; each rank takes its share of the images."""
     run, n, (rank, world) = sweep.open(step), len(lungs.images), ranks()
-    batch = max(1, min(16, 2**20 // (run.size // run.vae.config.factor) ** 4))  # maps of a batch: as much as one 512 px image
+    batch = max(1, min(16, 2**24 // map_side(run) ** 4))  # maps of a batch: no more than those of one 512 px image
     rows = {(step, t, grid, tau): np.zeros((n, 3)) for grid in settings.grids for tau in (*settings.thresholds, None)}
     bar = data.progress(desc=f"{sweep.name}, step {step}, t {t}", total=len(range(rank, n, world)), unit=" images")
     with ThreadPoolExecutor(max(1, data.cores() // world), initializer=torch.set_num_threads, initargs=(1,)) as threads:
@@ -1517,7 +1523,7 @@ def segment(settings: SegmentSettings) -> str:
         sweeps.append(Sweep(f"{settings.init} ({Path(settings.context).stem} context)",
                             lambda step: frozen(UNet.from_pretrained(*place)), [0], c))
     passes = sum(len(sweep.steps) - 1 + len(settings.timesteps) for sweep in sweeps)
-    need = passes * len(lungs.images) * 2 * (run.size // run.vae.config.factor) ** 4 if settings.maps else 0
+    need = passes * len(lungs.images) * 2 * map_side(run) ** 4 if settings.maps else 0
     need -= sum(file.stat().st_size for file in (folder / "eval/cache").rglob("*.safetensors")) if settings.maps else 0
     print(f"{len(lungs.images)} images, {passes} passes each, {need / 1e9:.2f} GB of attention maps in {folder / 'eval/cache'}")
     if need > shutil.disk_usage(folder).free:
