@@ -1853,7 +1853,7 @@ def test_stored_attention_is_read_again_and_recomputed_alike(tmp_path):
     from vae import VAE, VAEConfig
     net, images = small_unet(), torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     vae = VAE(VAEConfig(block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4)).eval().requires_grad_(False)
-    run = dinodiff.Run(tmp_path, {}, 32, 5, net, vae, None, dinodiff.Schedule(), torch.device("cpu"))
+    run = dinodiff.Run(tmp_path, {}, 32, 5, net, vae, nn.Identity(), dinodiff.Schedule(), torch.device("cpu"))
     sweep, settings = evaluate.Sweep("net", lambda step: run, [5], torch.randn(1, 12)), evaluate.SegmentSettings(noise=True)
     first = evaluate.stored_attention(sweep, run, images, 300, settings)
     assert first.shape == (3, 64, 64) and torch.allclose(first.sum(2), torch.ones(3, 64), atol=1e-5)
@@ -1861,9 +1861,9 @@ def test_stored_attention_is_read_again_and_recomputed_alike(tmp_path):
     assert len(files) == 3
     files[0].unlink()
     torch.testing.assert_close(evaluate.stored_attention(sweep, run, images, 300, settings), first, rtol=0, atol=2e-5)
-    run.unet = None  # whatever would compute now fails
+    run.unet.forward = None  # whatever would compute now fails
     assert evaluate.stored_attention(sweep, run, images.flip(0), 300, settings).shape == first.shape
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError):
         evaluate.stored_attention(sweep, run, images, 299, settings)
 
 
@@ -2429,8 +2429,12 @@ def test_audit_tells_copies_and_obedience_from_chance(trial_run, tmp_path, monke
 def test_audit_and_segment_are_the_same_on_one_rank_and_two(trial_run):
     """Work repeated on every rank, images made twice or left black when it is shared, or ranks that overwrite one another."""
     import json
+    for i in range(6):
+        image, masks, _ = data.render_phantom(7, i, 0, 32)
+        data.save_png(trial_run / f"lungs/images/{i}.png", image)
+        data.save_png(trial_run / f"lungs/masks/{i}.png", np.uint8(255 * masks.any(0)))
     commands = {"audit": ["--data", trial_run / "test", "--count", "10", *FAST],
-                "segment": ["--limit", "5", "--timesteps", "100", "300", "--thresholds", "0.05", "0.5", "--no-maps"]}
+                "segment": ["--data", trial_run / "lungs", "--limit", "5", "--timesteps", "100", "300", "--thresholds", "0.05", "0.5", "--no-maps"]}
     for name, flags in commands.items():
         found = []
         for ranks in (1, 2):
