@@ -1880,7 +1880,7 @@ def evaluate_all(s: Everything) -> None:
             failed[name] = str(error)
             print(f"{name} was left out: {error}", file=sys.stderr, flush=True)
     if len(failed) == len(COMMANDS):
-        raise UserError("nothing could be measured: " + "; ".join(failed.values()))
+        raise UserError("nothing could be measured: " + "; ".join(dict.fromkeys(failed.values())))
     if rank == 0:
         write_report(folder, out, failed)
         print(f"{time.perf_counter() - clock:.0f} s in all -> {out / 'report.md'}")
