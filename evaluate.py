@@ -464,7 +464,8 @@ class Trial:
 
     @functools.cached_property
     def set_digest(self) -> str:
-        return digest(self.images.name, self.seed, *map(list, (self.images.keys, self.images.patients, self.images.labels)))
+        world = self.seed if self.images.name == "phantom" else None  # real images are the same whatever the run's seed
+        return digest(self.images.name, world, *map(list, (self.images.keys, self.images.patients, self.images.labels)))
 
     @functools.cached_property
     def generator(self) -> str:
@@ -1449,6 +1450,15 @@ def stored_attention(sweep: Sweep, run: dinodiff.Run, images: torch.Tensor, t: i
     return A / A.sum(2, keepdim=True)
 
 
+def from_anchors(A: Tensor, grid: int) -> Tensor:
+    """Divergence of each anchor of A (S², S²) from every pixel -> (grid², S²): what `diffseg.merge` begins with at any tau."""
+    return diffseg.divergence(A[diffseg.anchors(math.isqrt(len(A)), grid).to(A.device)], A)
+
+
+def own_taus(first: Tensor) -> list[float]:
+    return [share * first.median().item() for share in OWN_TAU]
+
+
 def map_side(run: dinodiff.Run) -> int:
     """Side of the largest attention maps: the latent's, halved for each level before the first with attention."""
     kinds = run.unet.config.down_block_types
@@ -1467,14 +1477,14 @@ def measure(sweep: Sweep, step: int, t: int, lungs: LungImages, settings: Segmen
                 A, truth = A.to(run.device), lungs.masks[i].reshape(2, -1)
                 prior = expected_lungs(lungs.images[i].numpy()).reshape(2, -1)
                 for grid in settings.grids:
-                    first = diffseg.divergence(A[diffseg.anchors(math.isqrt(len(A)), grid).to(A.device)], A)  # for every tau
+                    first = from_anchors(A, grid)  # for every tau
 
                     def score(tau):
                         pool = candidates(diffseg.label(diffseg.merge(A, grid, tau, first=first), run.size).cpu().numpy())
                         chosen, belief = select(pool, prior)
                         return select(pool, truth)[1], dice_score(chosen, truth.any(0)), belief
 
-                    own = [share * first.median().item() for share in OWN_TAU]
+                    own = own_taus(first)
                     found = list(threads.map(score, (*settings.thresholds, *own)))
                     for tau, row in zip(settings.thresholds, found):
                         rows[step, t, grid, tau][i] = row
@@ -1621,8 +1631,8 @@ def segment_figures(sweep: Sweep, lungs: LungImages, settings: SegmentSettings, 
         A, late_A = (stored_attention(sweep, at, lungs.images[i:i + 1], t, settings)[0].to(run.device)
                      for at, t in ((run, best[1]), (late, base)))
         labels = diffseg.segment(A, run.size, best[2], best[3]).cpu().numpy()
-        middle = diffseg.divergence(late_A[diffseg.anchors(math.isqrt(len(A)), settings.grids[0]).to(A.device)], late_A).median().item()
-        own = [diffseg.segment(late_A, run.size, settings.grids[0], part * middle).cpu().numpy() for part in OWN_TAU]
+        grid = settings.grids[0]
+        own = [diffseg.segment(late_A, run.size, grid, tau).cpu().numpy() for tau in own_taus(from_anchors(late_A, grid))]
         prior = expected_lungs(image).reshape(2, -1)
         picks = [select(candidates(labels), truth.reshape(2, -1)),
                  max((select(candidates(found), prior) for found in own), key=lambda pick: pick[1])]
