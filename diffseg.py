@@ -1,12 +1,12 @@
-"""DiffSeg in PyTorch: the self-attention of one UNet pass, merged into segments; no mask is ever learned.
+"""DiffSeg in PyTorch: the self-attention of one UNet pass, merged into segments, nothing learned.
 
-Implements the zero-shot segmentation of the DiNO-Diffusion paper (2.4, Figure 1 b-iii), after "Diffuse, Attend, and Segment"
-(Tian et al. 2023), at any latent size and any set of resolutions. It needs a trained run and no weights of its own.
+Zero-shot segmentation of the DiNO-Diffusion paper (2.4, Figure 1 b-iii), after "Diffuse, Attend,
+and Segment" (Tian et al. 2023), at any latent size and any set of resolutions.
 
-    python diffseg.py picture.png --run runs/x --out out/      overlay, label map and one mask per segment
-    python diffseg.py                                          self-check on attention whose regions are known
+    python diffseg.py picture.png --run-dir runs/x --out out/   overlay, label map, one mask each
+    python diffseg.py                                           self-check on known regions
 
-    image -> VAE mean * scaling factor -> UNet at t -> every self-attention (B, heads, hw, hw)
+    image -> z0 -> UNet at t -> every self-attention (B, heads, hw, hw)
           -> aggregate: A (B, S*S, S*S) -> merge: K masks (K, S, S) -> label: (size, size) int
 """
 
@@ -22,57 +22,55 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 import data
 from data import UserError
 
-# ---- Aggregation: maps of every resolution -> one distribution per pixel --------------------------------------------------
+# ---- Aggregation: maps of every resolution -> one distribution per pixel (Tian 2023, 3.2.1) ------
 
 
 class Aggregator:
-    """What `aggregate` does, without keeping the maps: pass it to the UNet as `maps=`, then ask for `result()`.
+    """What `aggregate` does, without keeping the maps: the UNet's `maps=`, then `result()`.
 
-    TRAP: eight heads at 64x64 are 537 MB a layer in float32, and SD1.5 has five such layers. Here each map is averaged over
-    its heads as it arrives and added to the sum of its resolution: 67 MB in all for an image of 512 px. The first `skip` maps
-    are left out.
+    TRAP: eight heads at 64 x 64 are 537 MB a layer, and SD1.5 has five such layers. Each map is
+    averaged over its heads as it arrives and added to its resolution's sum: 67 MB for 512 px.
     """
 
     def __init__(self, skip: int = 0):
-        self.sums, self.counts, self.skip = {}, {}, skip  # side -> (B, side², side²), number of maps in it
+        self.skip = skip  # so many maps are left out at first
+        self.sums = {}  # side -> (B, side², side²)
 
-    def append(self, probabilities: torch.Tensor) -> None:
+    def append(self, probabilities: Tensor) -> None:
         """probabilities (B, heads, hw, hw), each row a distribution over the hw = side² pixels."""
         side = math.isqrt(probabilities.shape[-1])
-        if side * side != probabilities.shape[-1] or probabilities.shape[-2] != side * side:
-            raise UserError(f"found a self-attention of shape {tuple(probabilities.shape)}, expected (B, heads, side², side²): "
-                            "give the network square images")
+        if probabilities.shape[2:] != (side**2, side**2):
+            raise UserError(f"found maps {tuple(probabilities.shape)}, expected (B, heads, side², "
+                            "side²): give the network square images")
         self.skip -= 1
-        if self.skip >= 0:
-            return
-        mean = probabilities.detach().mean(1, dtype=torch.promote_types(probabilities.dtype, torch.float32))  # (B, hw, hw)
-        self.sums[side] = self.sums[side].add_(mean) if side in self.sums else mean
-        self.counts[side] = self.counts.get(side, 0) + 1
+        if self.skip < 0:
+            dtype = torch.promote_types(probabilities.dtype, torch.float32)
+            mean = probabilities.detach().mean(1, dtype=dtype)  # (B, hw, hw)
+            self.sums[side] = mean + self.sums.get(side, 0)
 
-    def result(self) -> torch.Tensor:
-        """A (B, S*S, S*S), S the largest side seen; A[b, i] is where pixel i of image b attends, and sums to 1."""
-        if not self.sums:
-            raise UserError("found no self-attention map, expected at least one: does this UNet have attention blocks?")
-        S, A = max(self.sums), 0
-        for side in sorted(self.sums):
-            mean = self.sums[side] / self.counts[side]
-            if side < S:
-                wide = F.interpolate(mean.unflatten(2, (side, side)), size=(S, S), mode="bilinear")  # (B, side², S, S)
-                at = torch.arange(S, device=mean.device) * side // S  # the low-resolution row of each of the S rows
-                mean = wide.flatten(2)[:, (at[:, None] * side + at).flatten()]  # (B, S², S²)
-            A = A + mean * (side / sum(self.sums) / mean.sum(2, keepdim=True))  # a resolution counts in proportion to its side
+    def result(self) -> Tensor:
+        """A (B, S*S, S*S), S the largest side: A[b, i] is where pixel i of image b attends."""
+        S = max(self.sums)
+        A = 0
+        for side, total in sorted(self.sums.items()):
+            wide = F.interpolate(total.unflatten(2, (side, side)), size=(S, S), mode="bilinear")
+            row = torch.arange(S, device=total.device) * side // S  # the row that each of S repeats
+            wide = wide.flatten(2)[:, (row[:, None] * side + row).flatten()]  # (B, S², S²)
+            A = A + wide * (side / sum(self.sums) / wide.sum(2, keepdim=True))  # weight: the side
         return A
 
 
-def aggregate(maps: list[torch.Tensor]) -> torch.Tensor:
-    """Self-attention maps (B, heads, hw, hw) of any resolutions -> A (B, S*S, S*S), rows sum to 1, S the largest side.
+def aggregate(maps: list[Tensor]) -> Tensor:
+    """Self-attention maps (B, heads, hw, hw) of any resolutions -> A (B, S*S, S*S), rows sum to 1.
 
-    Mean over heads, then over the maps of one resolution; bilinear to S x S over the last axes, renormalised, repeated over the
-    first; resolutions weighted by their side [Tian 2023, 3.2.1]. float32 (float64 stays float64), on the device of the maps.
+    S is the largest side. Mean over heads and over the maps of a resolution; bilinear to S x S over
+    the last axes, renormalised, repeated over the first; resolutions weighted by their side. In
+    float32 (float64 stays float64), on the device of the maps.
     """
     total = Aggregator()
     for probabilities in maps:
@@ -80,138 +78,149 @@ def aggregate(maps: list[torch.Tensor]) -> torch.Tensor:
     return total.result()
 
 
-# ---- Iterative attention merging (Tian et al. 2023, 3.2.2) ----------------------------------------------------------------
+# ---- Iterative attention merging (Tian 2023, 3.2.2) ----------------------------------------------
 
 
-def anchors(S: int, grid: int) -> torch.Tensor:
-    """Flat indices of grid x grid pixels of an S x S map, evenly spaced and centred: S = 64, grid = 16 takes 1, 5, …, 61.
+def anchors(S: int, grid: int) -> Tensor:
+    """Flat indices of grid x grid pixels of an S x S map, evenly spaced and centred; at most all.
 
-    A grid finer than the map, which has no 32 x 32 distinct pixels when S = 16, is the map's own S x S. Where the published
-    step, rounded down, would leave out a rim wider than itself (S = 28, grid = 16: 6, 7, …, 21), positions are rounded instead.
+    S = 64 and grid = 16 give 1, 5, …, 61 [Tian 2023]. Where that step, rounded down, would leave
+    out a rim wider than itself (S = 28: 6, 7, …, 21), the positions are rounded instead.
     """
     if grid < 1:
         raise UserError(f"found a grid of {grid}, expected at least 1 anchor a side")
     grid = min(grid, S)
-    step = (S - 1) // max(grid - 1, 1) if grid > 1 else 0
-    rim, place = S - 1 - step * (grid - 1), torch.arange(grid)
-    line = rim // 2 + step * place if rim <= step or grid == 1 else ((2 * place + 1) * S - 1) // (2 * grid)
+    step = (S - 1) // max(grid - 1, 1)
+    rim = S - 1 - step * (grid - 1)
+    line = rim // 2 + step * torch.arange(grid)
+    if rim > step:
+        line = ((2 * torch.arange(grid) + 1) * S - 1) // (2 * grid)
     return (line[:, None] * S + line).flatten()
 
 
-def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Symmetric KL ½(KL(p‖q) + KL(q‖p)) of each row of p (M, N) with each of q (K, N) -> (M, K), as two matrix products.
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Symmetric KL ½(KL(p‖q) + KL(q‖p)) of each row of p (M, N) with each of q (K, N) -> (M, K).
 
-    ½ Σ (p − q)(log p − log q) = ½ (Σ p log p + Σ q log q − p·log q − log p·q): the (M, K, N) tensor of the definition,
-    17 GB for 256 anchors at 64x64, is never made. Logarithms are relative to the uniform distribution: the constant
-    cancels since rows sum to 1, and what is left is small, so that float32 keeps six decimals.
+    ½ Σ (p - q)(log p - log q) = ½ (Σ p log p + Σ q log q - p·log q - log p·q): two matrix products
+    in place of the definition's (M, K, N) tensor, 17 GB for 256 anchors at 64 x 64. Logarithms are
+    relative to the uniform distribution (rows sum to 1): float32 then keeps six decimals.
     """
-    if p.is_cuda:  # TRAP: where TF32 is allowed, a float32 product is off by more than the usual threshold of 0.05
-        p, q = p.double(), q.double()
-    log = lambda x: (x.clamp_min(torch.finfo(torch.float32).tiny) * x.shape[1]).log()
-    log_p, log_q = log(p), log(q)
+    if p.is_cuda:  # TRAP: where TF32 is allowed, float32 products are off by more than 0.05
+        p = p.double()
+        q = q.double()
+    tiny = torch.finfo(torch.float32).tiny
+    log_p = (p.clamp_min(tiny) * p.shape[1]).log()
+    log_q = (q.clamp_min(tiny) * q.shape[1]).log()
     return ((p * log_p).sum(1)[:, None] + (q * log_q).sum(1) - p @ log_q.T - log_p @ q.T) / 2
 
 
-def merge(A: torch.Tensor, grid: int = 16, threshold: float | list[float] = 0.05, iterations: int = 3,
-          first: torch.Tensor | None = None) -> torch.Tensor:
+def mean_of(near: Tensor, maps: Tensor) -> Tensor:
+    """near bool (K, N), maps (N, S²) -> (K, S²): the mean of the maps that are near."""
+    weight = near.to(maps)
+    return weight @ maps / weight.sum(1, keepdim=True)
+
+
+def merge(A: Tensor, grid: int = 16, threshold: float | list[float] = 0.05, iterations: int = 3,
+          first: Tensor | None = None) -> Tensor:
     """A (S*S, S*S) -> K masks (K, S, S), each a distribution over pixels; deterministic.
 
-    grid: anchors a side. threshold: on the symmetric KL, one number or one per iteration. The first iteration turns an anchor
-    into the mean of all rows of A nearer than the threshold; each later one walks down the list, and an entry that no
-    earlier one has matched becomes the mean of all entries nearer than the threshold.
-    first: divergence(A[anchors(S, grid)], A), when it is at hand (a sweep over thresholds computes it once).
+    grid: anchors a side. threshold: of the symmetric KL, one number or one an iteration. First an
+    anchor becomes the mean of all rows of A nearer than the threshold. Each later iteration walks
+    down the list: an entry that no earlier one has matched becomes the mean of all entries near it.
+    first: divergence(A[anchors(S, grid)], A), where it is at hand.
     """
     S = math.isqrt(A.shape[0])
-    thresholds = list(threshold) if np.iterable(threshold) else [threshold] * iterations
-    if len(thresholds) != iterations or iterations < 1 or min(thresholds) <= 0:
-        raise UserError(f"found threshold {threshold} for {iterations} iterations, expected one number above 0 or one each")
-    where = anchors(S, grid).to(A.device)
-    D = divergence(A[where], A) if first is None else first.clone()
-    D[torch.arange(len(where)), where] = 0  # its own distance, which rounding may put beside zero
-    near = (D < thresholds[0]).to(A.dtype)
-    masks = near @ A / near.sum(1, keepdim=True)  # (grid², S²)
-    for limit in thresholds[1:]:
-        near = (divergence(masks, masks).fill_diagonal_(0) < limit).cpu().numpy()
-        left, heads = np.ones(len(masks), bool), []
-        while left.any():
-            heads.append(int(left.argmax()))
-            left &= ~near[heads[-1]]
-        # CHOICE: a mean takes in entries that an earlier one has matched too, as the published code does; its text does not.
-        weight = torch.from_numpy(near[heads]).to(masks)
-        masks = weight @ masks / weight.sum(1, keepdim=True)  # (K, S²)
+    limits = list(threshold) if np.iterable(threshold) else [threshold] * iterations
+    if len(limits) != iterations or not limits or not min(limits) > 0:
+        raise UserError(f"found threshold {threshold} for {iterations} iterations, expected one "
+                        "number above 0, or one for each")
+    chosen = anchors(S, grid).to(A.device)
+    near = (divergence(A[chosen], A) if first is None else first) < limits[0]
+    near.scatter_(1, chosen[:, None], True)  # itself, which rounding may put beside zero
+    masks = mean_of(near, A)  # (grid², S²)
+    for limit in limits[1:]:
+        near = (divergence(masks, masks) < limit).fill_diagonal_(True).cpu()
+        matched = np.zeros(len(masks), bool)
+        heads = []
+        for k, row in enumerate(near.numpy()):
+            if not matched[k]:
+                heads.append(k)
+                matched |= row
+        # CHOICE: a mean takes in what an earlier one has matched too, as in the published code
+        masks = mean_of(near[heads], masks)  # (K, S²)
     return masks.unflatten(1, (S, S))
 
 
-def refine(A: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """k-means over the rows of A (S*S, S*S), started at the masks (K, S, S) -> (up to K, S, S); optional, as published."""
-    from sklearn.cluster import KMeans
-    rows = A.cpu().numpy()
-    found = KMeans(len(masks), init=masks.flatten(1).cpu().numpy(), n_init=1).fit(rows).labels_
-    means = [A[torch.from_numpy(found == k).to(A.device)].mean(0) for k in np.unique(found)]
-    return torch.stack(means).unflatten(1, masks.shape[1:])
+def refine(A: Tensor, masks: Tensor) -> Tensor:
+    """k-means over the rows of A (S*S, S*S), started at the masks (K, S, S) -> (K, S, S)."""
+    from sklearn.cluster import KMeans  # here, for it takes a second to import
+    start = masks.flatten(1).cpu().numpy()
+    means = KMeans(len(start), init=start, n_init=1).fit(A.cpu().numpy()).cluster_centers_
+    return torch.from_numpy(means).to(masks).view_as(masks)
 
 
-def label(masks: torch.Tensor, size: int) -> torch.Tensor:
-    """Masks (K, S, S) -> (size, size) int64: bilinear upsampling, the strongest mask of each pixel, the first of equals."""
-    best = torch.full((size, size), -torch.inf, dtype=masks.dtype, device=masks.device)
-    winner = torch.zeros((size, size), dtype=torch.int64, device=masks.device)
-    for start in range(0, len(masks), 32):  # in blocks: a thousand masks of 512 px would take 1 GB
-        value, index = F.interpolate(masks[None, start:start + 32], size=(size, size), mode="bilinear")[0].max(0)
-        winner = torch.where(value > best, index + start, winner)
+def label(masks: Tensor, size: int) -> Tensor:
+    """Masks (K, S, S) -> (size, size) int64: upsampled bilinearly, each pixel's strongest mask."""
+    best = masks.new_full((size, size), -torch.inf)
+    winner = torch.zeros_like(best, dtype=torch.int64)
+    for k in range(0, len(masks), 32):  # in blocks: a thousand masks of 512 px would take 1 GB
+        wide = F.interpolate(masks[None, k:k + 32], size=(size, size), mode="bilinear")[0]
+        value, index = wide.max(0)
+        winner = torch.where(value > best, index + k, winner)  # of equal masks the first
         best = torch.maximum(value, best)
     return winner
 
 
-# ---- Image -> attention -> segments (paper 2.4) ---------------------------------------------------------------------------
+# ---- Image -> attention -> segments (paper 2.4) --------------------------------------------------
 
 
 @torch.no_grad()
-def attention(run, images: torch.Tensor, c: torch.Tensor, t: int = 300, seeds: list[int] | None = None,
-              last: int = 0) -> torch.Tensor:
-    """One UNet pass over images uint8 (B, size, size) with tokens c (B, S, N) at timestep t -> A (B, S*S, S*S) on run.device.
+def attention(run, images: Tensor, c: Tensor, t: int = 300, last: int = 0, seeds=None) -> Tensor:
+    """images uint8 (B, size, size), tokens c (B, S, N), timestep t -> A (B, S*S, S*S).
 
-    The latent is the VAE's mean and clean, as published; with `seeds`, one an image, it carries the noise of t. All maps are
-    aggregated, as published; with `last` that many, those nearest the output, whose regions are cleaner in small networks.
+    As published, the latent is clean and all maps count. With `seeds`, one an image, the latent has
+    the noise of t; with `last`, so many maps nearest the output count: cleaner in small networks.
     """
-    mean, _ = run.vae.encode(data.to_model(images.to(run.device)))
-    z = mean * run.vae.config.scaling_factor  # (B, 4, h, w)
-    ts = torch.full((len(z),), t, dtype=torch.int64, device=z.device)
+    from dinodiff import encode_latents  # here: everything above runs without a run
+    zt = encode_latents(run, images)  # (B, 4, h, w), of unit variance
+    ts = torch.full((len(zt),), t, device=zt.device)
     if seeds is not None:
-        eps = torch.stack([torch.randn(z.shape[1:], generator=data.generator("cpu", seed)) for seed in seeds])
-        z = run.schedule.add_noise(z, eps.to(z), ts)
-    maps = sum(name.endswith("attn1") for name, _ in run.unet.named_modules())
-    total = Aggregator(skip=max(maps - last, 0) if last else 0)
-    run.unet(z, ts, c.to(z), maps=total)
+        draws = [torch.randn(zt.shape[1:], generator=data.generator("cpu", seed)) for seed in seeds]
+        zt = run.schedule.add_noise(zt, torch.stack(draws).to(zt), ts)
+    count = sum(name.endswith("attn1") for name, _ in run.unet.named_modules())
+    total = Aggregator(skip=count - last if last else 0)
+    run.unet(zt, ts, c.to(zt), maps=total)
     return total.result()
 
 
-def segment(A: torch.Tensor, size: int, grid: int = 16, threshold: float = 0.0, is_refined: bool = False) -> torch.Tensor:
+def segment(A: Tensor, size: int, grid=16, threshold=0.0, is_refined=False) -> Tensor:
     """A (S*S, S*S) of one image -> labels (size, size) int64, numbered from 0 by falling area.
 
-    CHOICE: a threshold of 0 becomes 0.45 of the median divergence. Divergences grow tenfold during training and the best
-    threshold with them; this part of the median stayed near the best at every checkpoint and timestep that we tried.
+    CHOICE: a threshold of 0 becomes 0.45 of the median divergence. Divergences grow tenfold during
+    training and the best threshold with them; this share stayed near the best at every checkpoint.
     """
     first = divergence(A[anchors(math.isqrt(len(A)), grid).to(A.device)], A)
-    masks = merge(A, grid, threshold or 0.45 * first.median().item(), first=first)
+    masks = merge(A, grid, threshold or max(0.45 * first.median().item(), 1e-6), first=first)
     labels = label(refine(A, masks) if is_refined else masks, size)
-    _, labels, areas = labels.unique(return_inverse=True, return_counts=True)  # masks that win nowhere leave no number
+    _, labels, areas = labels.unique(return_inverse=True, return_counts=True)  # some win nowhere
     return areas.argsort(descending=True, stable=True).argsort()[labels]
 
 
-# ---- Command --------------------------------------------------------------------------------------------------------------
+# ---- Command -------------------------------------------------------------------------------------
 
 
 @dataclass
 class SegmentPicture:
     """Settings of `python diffseg.py`."""
-    pictures: tuple[str, ...] = field(default=(), metadata={"positional": True})  # X-rays to segment; none: a self-check
-    run: str = ""  # run folder, the newest one when empty
+
+    pictures: tuple[str, ...] = field(default=(), metadata={"positional": True})  # X-rays, folders
+    run_dir: str = ""  # run folder, the newest one when empty
     step: int = 0  # checkpoint, the newest one when 0
     out: str = "out"  # folder for the PNG files
     timestep: int = 300  # t of the UNet pass, 0…999 (paper: 300)
-    threshold: float = 0.0  # symmetric KL below which maps merge (paper: 0.05); 0: by the picture's own median
+    threshold: float = 0.0  # symmetric KL below which maps merge (paper: 0.05); 0: by the picture
     grid: int = 16  # anchors a side (paper: 16)
-    last: int = 0  # aggregate only this many attention maps, those nearest the output; 0: all, as published
+    last: int = 0  # aggregate only this many maps, those nearest the output; 0: all, as published
     refine: bool = False  # finish with k-means
     noise: bool = False  # add the noise of the timestep to the latent
     seed: int = 0  # of that noise
@@ -219,55 +228,53 @@ class SegmentPicture:
 
 
 def segment_pictures(settings: SegmentPicture) -> None:
-    """Write overlay, label map (palette PNG, pixel = label) and one mask per segment of every picture."""
+    """Write overlay, label map (palette PNG, pixel = label) and a mask a segment, by picture."""
     if not settings.pictures:
         return self_check()
-    if not 0 <= settings.timestep < 1000:
-        raise UserError(f"found --timestep {settings.timestep}, expected 0…999")
-    import dinodiff  # here alone: everything above runs without a run
-    run = dinodiff.load_run(settings.run or dinodiff.newest_run(), settings.step or None, settings.device)
-    palette = [round(255 * v) for k in range(256) for v in colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.75, 1.0 - 0.3 * (k % 2))]
-    for picture in settings.pictures:
-        image = torch.from_numpy(data.preprocess(data.load_image(picture), run.size))
-        seeds = [settings.seed] if settings.noise else None
-        A = attention(run, image[None], dinodiff.encode_tokens(run, image[None]), settings.timestep, seeds, settings.last)[0]
-        labels = segment(A, run.size, settings.grid, settings.threshold, settings.refine).cpu().numpy()
-        count, stem = labels.max() + 1, Path(settings.out) / Path(picture).stem
-        if count > 256:
-            raise UserError(f"{picture}: found {count} segments, expected at most 256: raise --threshold")
-        flat = Image.fromarray(labels.astype(np.uint8), "P")
-        flat.putpalette(palette)
-        grey = Image.fromarray(image.numpy()).convert("RGB")
-        data.save_png(f"{stem}-overlay.png", Image.blend(grey, flat.convert("RGB"), 0.35))
-        data.save_png(f"{stem}-labels.png", flat)
-        for old in stem.parent.glob(f"{glob.escape(stem.name)}-segment-*.png"):
-            old.unlink()
-        for k in range(count):
-            data.save_png(f"{stem}-segment-{k:02d}.png", Image.fromarray(np.uint8(255 * (labels == k))))
-        print(f"{picture}: {count} segments -> {stem}-overlay.png, -labels.png, -segment-*.png", flush=True)
+    if not 0 <= settings.timestep < 1000 or settings.last < 0:
+        raise UserError(f"found --timestep {settings.timestep} --last {settings.last}, expected "
+                        "0…999 and at least 0")
+    import dinodiff
+    run = dinodiff.load_run(settings.run_dir or dinodiff.newest_run(), settings.step or None,
+                            settings.device)
+    seeds = [settings.seed] if settings.noise else None
+    images = data.read_pictures(settings.pictures, run.size)
+    if not images:
+        raise UserError(f"found no readable X-ray in {settings.pictures}; name files or folders")
+    for name, image in images.items():
+        c = dinodiff.encode_tokens(run, image[None])
+        A = attention(run, image[None], c, settings.timestep, settings.last, seeds)[0]
+        labels = segment(A, run.size, settings.grid, settings.threshold, settings.refine)
+        write_segments(Path(settings.out, name), image.numpy(), labels.cpu().numpy())
 
 
-def regions_to_maps(regions: torch.Tensor, sides: list[int], leak: float = 0.05) -> list[torch.Tensor]:
-    """Regions int (S, S) -> per side, attention (1, 1, side², side²) of pixels that see their own region, but for `leak`."""
-    maps = []
-    for side in sides:
-        at = torch.arange(side) * len(regions) // side
-        same = (regions[at][:, at].reshape(-1, 1) == regions[at][:, at].flatten()).double()  # (side², side²)
-        maps.append(((1 - leak) * same / same.sum(1, keepdim=True) + leak / side**2)[None, None])
-    return maps
+def write_segments(stem: Path, image: np.ndarray, labels: np.ndarray) -> None:
+    """image uint8 (S, S), labels int (S, S) -> PNG files whose names begin with `stem`."""
+    count = labels.max() + 1
+    if count > 256:
+        raise UserError(f"{stem.name}: found {count} segments, at most 256 fit: raise --threshold")
+    colours = [colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.75, 1 - 0.3 * (k % 2)) for k in range(256)]
+    flat = Image.fromarray(labels.astype(np.uint8), "P")
+    flat.putpalette(np.uint8(255 * np.array(colours)).tobytes())
+    grey = Image.fromarray(image).convert("RGB")
+    data.save_png(f"{stem}-overlay.png", Image.blend(grey, flat.convert("RGB"), 0.35))
+    data.save_png(f"{stem}-labels.png", flat)
+    for old in stem.parent.glob(f"{glob.escape(stem.name)}-segment-[0-9][0-9][0-9].png"):
+        old.unlink()  # an earlier run may have found more segments
+    for k in range(count):
+        data.save_png(f"{stem}-segment-{k:03d}.png", np.uint8(255 * (labels == k)))
+    print(f"{count} segments -> {stem}-overlay.png, -labels.png, -segment-*.png", flush=True)
 
 
 def self_check() -> None:
-    """Two lungs, a heart and the rest, as attention at two resolutions, come back as four segments."""
+    """Attention of three known regions comes back as these regions."""
     regions = torch.zeros(16, 16, dtype=torch.int64)
-    regions[4:14, 2:6], regions[4:14, 10:14], regions[8:12, 6:10] = 1, 2, 3
-    A = aggregate(regions_to_maps(regions, [16, 16, 8]))
-    found = segment(A[0], 16, threshold=0.5)
-    for true, ours in zip(regions.tolist(), found.tolist()):
-        print("  " + "".join(".LRH"[k] for k in true) + "   " + "".join(map(str, ours)))
-    pairs = torch.stack([regions.flatten(), found.flatten()]).unique(dim=1)
-    assert pairs.shape[1] == len(found.unique()) == 4, f"regions and segments differ: {pairs.T.tolist()}"
-    print(f"self-check: A {tuple(A.shape)}, rows sum to {A.sum(2).mean():.6f}; one label per region, and back")
+    regions[4:14, 2:6] = 1
+    regions[5:13, 10:14] = 2
+    same = (regions.view(-1, 1) == regions.view(1, -1)) + 0.01  # (256, 256)
+    A = aggregate([(same / same.sum(1, keepdim=True))[None, None]])
+    assert torch.equal(segment(A[0], 16, threshold=0.5), regions), "regions and segments differ"
+    print("self-check: attention of three known regions comes back as these regions")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,30 @@
-"""The variational autoencoder of Stable Diffusion 1.5 (paper 2.2): pixels (3, H, W) <-> latents (4, H/8, W/8); and training one.
+"""The variational autoencoder of Stable Diffusion 1.5 (paper 2.2), and training a small one.
 
-Module names are the public checkpoint's keys. The weights come from the hub's `stable-diffusion-v1-5/stable-diffusion-v1-5`,
-subfolder `vae`, from `stabilityai/sd-vae-ft-mse`, or from `train_vae` below, which the small presets use.
+It turns pixels (3, H, W) into latents (4, H/8, W/8) and back. Module names are the public
+checkpoint's keys; the weights come from the hub (`stable-diffusion-v1-5/stable-diffusion-v1-5`,
+subfolder `vae`, or `stabilityai/sd-vae-ft-mse`) or from `train_vae`, which small presets use.
 
-    python vae.py           table of modules with shapes and parameters, and a self-check, in seconds
+    python vae.py          table of modules with shapes and parameters, and a self-check, in seconds
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable
+from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from data import (UserError, generator, load_state, load_weights, module_table, optimizer_tensors, progress, read_weights,
-                  restore_optimizer, save_state, to_model, uniforms, write_weights)
+from data import (UserError, batches, generator, load_weights, module_table, progress,
+                  read_weights, to_model, uniforms, write_weights)
+
+LIMIT = 2**31  # elements of one activation: kernels of CUDA count them in 32 bits
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass
@@ -32,14 +34,22 @@ class VAEConfig:
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # finest first; each level but the last halves the side
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # width of a level, finest first
     layers_per_block: int = 2  # ResNets a level in the encoder; one more in the decoder
     norm_num_groups: int = 32
-    scaling_factor: float = 0.18215  # z0 = scaling_factor * latent has unit variance; missing from old config files
+    scaling_factor: float = 0.18215  # z0 = scaling_factor * latent has unit variance
     sample_size: int = 512  # pixels; informative
 
     def __post_init__(self):
-        self.block_out_channels = tuple(self.block_out_channels)
+        widths = self.block_out_channels = tuple(self.block_out_channels)
+        sizes = (self.in_channels, self.out_channels, self.latent_channels, self.layers_per_block,
+                 self.norm_num_groups, *widths)
+        if (not all(type(size) is int and 0 < size <= 16384 for size in sizes)
+                or not 0 < len(widths) <= 8 or self.layers_per_block > 16
+                or any(width % self.norm_num_groups for width in widths)
+                or not 0 < self.scaling_factor < math.inf):
+            raise UserError(f"a VAE has sizes of 1 to 16384, each of block_out_channels a multiple "
+                            f"of norm_num_groups, and a scaling_factor above 0; found {self}")
 
     @property
     def factor(self) -> int:
@@ -50,12 +60,17 @@ class VAEConfig:
     def from_dict(cls, config: dict) -> VAEConfig:
         """A public config.json -> VAEConfig."""
         if config.get("act_fn", "silu") != "silu" or config.get("shift_factor"):
-            raise UserError(f"this VAE's config.json asks for act_fn {config.get('act_fn')!r} and shift_factor "
-                            f"{config.get('shift_factor')}; only 'silu' and none are supported")
-        return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None})
+            raise UserError("only act_fn 'silu' without a shift_factor is supported")
+        known = cls.__annotations__
+        return cls(**{k: v for k, v in config.items() if k in known and v is not None})
 
 
-# ---- Building blocks ------------------------------------------------------------------------------------------------------
+# ---- Building blocks -----------------------------------------------------------------------------
+
+
+def conv3x3(c_in: int, c_out: int) -> nn.Conv2d:
+    """A convolution that keeps the picture's size."""
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
 class ResnetBlock(nn.Module):
@@ -63,8 +78,10 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = conv3x3(c_in, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = conv3x3(c_out, c_out)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +95,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list, for the key `to_out.0`
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,99 +106,70 @@ class Attention(nn.Module):
         return x + self.to_out[0](y)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-class Downsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # TRAP: one row and column at the right and the bottom only; the UNet pads all round
+def named(**modules: nn.Module) -> nn.Sequential:
+    """One module after the other, under the names that the checkpoint gives them."""
+    return nn.Sequential(OrderedDict(modules))
 
 
-class Upsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def downsample(width: int) -> nn.Sequential:
+    # TRAP: one row and column, at the bottom and the right; the UNet pads all round. They are there
+    # because n windows of 3 at stride 2 span 2n + 1 rows, one more than the 2n rows to be halved.
+    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
 
 
-class Level(nn.Module):
-    """ResNets, then a resampler where the level has one."""
+def upsample(width: int) -> nn.Sequential:
+    return named(zoom=nn.Upsample(scale_factor=2), conv=conv3x3(width, width))
 
-    def __init__(self, resnets, downsampler=None, upsampler=None):
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        if downsampler is not None:
-            self.downsamplers = nn.ModuleList([downsampler])
-        if upsampler is not None:
-            self.upsamplers = nn.ModuleList([upsampler])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for part in self.children():
-            for module in part:
-                x = module(x)
-        return x
+def make_levels(widths, depth: int, groups: int, name: str, resampler) -> nn.Sequential:
+    """A level of `depth` ResNets for each width; all but the last end with a resampler."""
+    blocks = nn.Sequential()
+    width = widths[0]
+    for i, out in enumerate(widths):
+        resnets = [ResnetBlock(width if j == 0 else out, out, groups) for j in range(depth)]
+        last = resampler(out) if i < len(widths) - 1 else nn.Identity()
+        blocks.append(named(resnets=nn.Sequential(*resnets), **{name: nn.Sequential(last)}))
+        width = out
+    return blocks
 
 
 class MidBlock(nn.Module):
     def __init__(self, width: int, groups: int):
         super().__init__()
         self.attentions = nn.ModuleList([Attention(width, groups)])
-        self.resnets = nn.ModuleList([ResnetBlock(width, width, groups), ResnetBlock(width, width, groups)])
+        self.resnets = nn.ModuleList([ResnetBlock(width, width, groups) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Encoder(nn.Module):
+def make_encoder(config: VAEConfig) -> nn.Sequential:
     """x (B, 3, H, W) -> (B, 2*4, H/8, W/8)."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths, groups, last = config.block_out_channels, config.norm_num_groups, len(config.block_out_channels) - 1
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks, width = nn.ModuleList(), widths[0]
-        for i, out in enumerate(widths):
-            self.down_blocks.append(Level([ResnetBlock(width if j == 0 else out, out, groups) for j in range(config.layers_per_block)],
-                                          downsampler=Downsample(out) if i < last else None))
-            width = out
-        self.mid_block = MidBlock(width, groups)
-        self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
-        for level in self.down_blocks:
-            h = level(h)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h))))
+    widths = config.block_out_channels
+    groups = config.norm_num_groups
+    depth = config.layers_per_block
+    return named(
+        conv_in=conv3x3(config.in_channels, widths[0]),
+        down_blocks=make_levels(widths, depth, groups, "downsamplers", downsample),
+        mid_block=MidBlock(widths[-1], groups),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), act=nn.SiLU(),
+        conv_out=conv3x3(widths[-1], 2 * config.latent_channels))
 
 
-class Decoder(nn.Module):
+def make_decoder(config: VAEConfig) -> nn.Sequential:
     """z (B, 4, H/8, W/8) -> x (B, 3, H, W)."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths, groups, last = config.block_out_channels[::-1], config.norm_num_groups, len(config.block_out_channels) - 1
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks, width = nn.ModuleList(), widths[0]
-        for i, out in enumerate(widths):
-            self.up_blocks.append(Level([ResnetBlock(width if j == 0 else out, out, groups) for j in range(config.layers_per_block + 1)],
-                                        upsampler=Upsample(out) if i < last else None))
-            width = out
-        self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
-            h = level(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+    widths = config.block_out_channels[::-1]
+    groups = config.norm_num_groups
+    depth = config.layers_per_block + 1
+    return named(
+        conv_in=conv3x3(config.latent_channels, widths[0]),
+        mid_block=MidBlock(widths[0], groups),
+        up_blocks=make_levels(widths, depth, groups, "upsamplers", upsample),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), act=nn.SiLU(),
+        conv_out=conv3x3(widths[-1], config.out_channels))
 
 
-# ---- The VAE (paper 2.2) --------------------------------------------------------------------------------------------------
+# ---- The VAE (paper 2.2) -------------------------------------------------------------------------
 
 
 class VAE(nn.Module):
@@ -188,143 +178,154 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig = VAEConfig()):
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder = make_encoder(config)
+        self.decoder = make_decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, 3, H, W) in [-1, 1], H and W multiples of 8 -> mean, logvar (B, 4, H/8, W/8), unscaled; logvar in [-30, 20]."""
-        if x.shape[2] % self.config.factor or x.shape[3] % self.config.factor:
-            raise UserError(f"the VAE takes images whose sides are multiples of {self.config.factor}; found {tuple(x.shape[2:])}")
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        """x (B, 3, H, W) in [-1, 1] -> mean, logvar in [-30, 20], (B, 4, H/8, W/8), unscaled."""
+        factor = self.config.factor
+        if x.shape[2] % factor or x.shape[3] % factor:
+            raise UserError(f"found images of {tuple(x.shape[2:])} pixels, expected multiples of "
+                            f"{factor}: choose another size")
+        moments = [self.quant_conv(self.encoder(part)) for part in self._parts(x, 1)]
+        mean, logvar = torch.cat(moments).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z: Tensor) -> Tensor:
-        """z (B, 4, h, w), unscaled (z0 / scaling_factor) -> x (B, 3, 8h, 8w), about [-1, 1], not clipped."""
-        return self.decoder(self.post_quant_conv(z))
+        """z (B, 4, h, w), unscaled (z0 / scaling_factor) -> x (B, 3, 8h, 8w), about [-1, 1]."""
+        parts = self._parts(z, self.config.factor)
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
 
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One training pass: x and noise ~ N(0, 1) (B, 4, H/8, W/8) -> reconstruction, mean, logvar."""
-        mean, logvar = self.encode(x)
-        return self.decode(mean + torch.exp(0.5 * logvar) * noise), mean, logvar
+    def _parts(self, batch: Tensor, zoom: int) -> tuple[Tensor, ...]:
+        """Equal parts of a batch, so that no activation reaches LIMIT elements."""
+        pixels = (zoom * batch.shape[2] + 1) * (zoom * batch.shape[3] + 1)  # of an image, padded
+        widest = max(self.config.block_out_channels[:2])  # where the decoder enters its last level
+        most = max(1, (LIMIT - 1) // (widest * pixels))  # images in a part
+        return batch.chunk(math.ceil(len(batch) / most))
 
     @classmethod
-    def from_pretrained(cls, source, subfolder: str | None = None, revision: str | None = None, offline: bool = False) -> VAE:
-        """A folder, one weights file or a hub id -> VAE in float32; both generations of attention names are in the wild."""
-        config, state = read_weights(source, subfolder, revision, offline)
-        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-            state = {k.replace(f"attentions.0.{old}.", f"attentions.0.{new}."): v for k, v in state.items()}
-        state = {k: v[:, :, 0, 0] if "attentions.0.to_" in k and v.ndim == 4 else v for k, v in state.items()}  # once 1x1 convolutions
-        with torch.device("meta"):
-            model = cls(VAEConfig.from_dict(config))
+    def from_pretrained(cls, source, subfolder=None, revision=None) -> VAE:
+        """A folder, a weights file or a hub id -> VAE in float32; UserError where it cannot be."""
+        config, published, _ = read_weights(source, subfolder, revision)
+        state = {}
+        for key, value in published.items():  # files of both generations are in the wild
+            key = ".".join(OLD_NAMES.get(part, part) for part in key.split("."))
+            if ".attentions." in key and value.ndim == 4:  # once a 1 x 1 convolution
+                value = value.flatten(1)
+            state[key] = value
+        try:
+            with torch.device("meta"):
+                model = cls(VAEConfig.from_dict(config))
+        except (TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{source}: config.json: {error}; found {config!s:.999}") from None
         return load_weights(model, state, source)
 
     def save_pretrained(self, folder) -> None:
-        """Write config.json and diffusion_pytorch_model.safetensors; diffusers' AutoencoderKL opens the folder."""
+        """Write config.json and weights; diffusers' AutoencoderKL opens the folder."""
         levels = len(self.config.block_out_channels)
         config = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.30.0", "act_fn": "silu",
-                  "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+                  "down_block_types": ["DownEncoderBlock2D"] * levels,
+                  "up_block_types": ["UpDecoderBlock2D"] * levels}
         write_weights(folder, config | dataclasses.asdict(self.config), self.state_dict())
 
 
-# ---- Training one from scratch --------------------------------------------------------------------------------------------
+# ---- Training one from scratch -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class VAESettings:
-    """How `train_vae` trains. The paper takes Stable Diffusion's VAE as it is; these are for the presets that download nothing."""
+    """How `train_vae` trains; the paper takes Stable Diffusion's VAE, small presets this one."""
 
     steps: int = 800
-    batch: int = 8  # images in all, over the ranks
-    crop: int = 32  # pixels: each image gives one random square, as Stable Diffusion's VAE was trained on 256 of 512; 0: all of it
+    batch: int = 8  # images
+    crop: int = 32  # pixels: a random square of each image, as SD's VAE saw 256 of 512; 0: all
     lr: float = 4e-3  # peak; linear warm-up over the first 5 % of the steps, then a cosine to zero
-    kl_weight: float = 1e-4  # CHOICE: on the mean over latent elements; enough to keep latents near N(0, s²), no visible blur
-    edge_weight: float = 1.0  # on the L1 distance of image gradients, which keeps ribs and film grain from being averaged away
+    kl_weight: float = 1e-4  # CHOICE: latents stay near N(0, s²) without visible blur
+    edge_weight: float = 1.0  # of the L1 between image gradients: keeps ribs and film grain sharp
     seed: int = 0
 
 
-def vae_loss(x: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor, settings: VAESettings) -> tuple[Tensor, Tensor]:
-    """-> loss, and its pixel part alone: L1(x, x̂) + edge_weight * L1(∇x, ∇x̂) + kl_weight * KL(q(z|x) || N(0, 1))."""
-    difference = (reconstruction - x).float()
-    pixels = difference.abs().mean()
-    edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()  # ∇ is linear: ∇x̂ - ∇x = ∇(x̂ - x)
-    kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean()
-    return pixels + settings.edge_weight * edges + settings.kl_weight * kl, pixels
+def vae_loss(x, reconstruction, mean, logvar, settings: VAESettings) -> Tensor:
+    """L1(x, x̂) + edge_weight * L1(∇x, ∇x̂) + kl_weight * KL(q(z|x) || N(0, 1)), as means."""
+    difference = reconstruction - x
+    edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return difference.abs().mean() + settings.edge_weight * edges + settings.kl_weight * kl
 
 
-def train_vae(config: VAEConfig, settings: VAESettings, get_batch: Callable[[int], Tensor], folder, device="cpu", rank: int = 0,
-              world: int = 1, log: Callable[[dict], None] = lambda row: None, save_every: int = 250,
-              should_stop: Callable[[], bool] = lambda: False) -> VAE | None:
-    """Train a VAE and save it to `folder`; a killed run goes on from the last saved step, bit for bit.
+def random_crops(images: Tensor, crop: int, seed: int, step: int) -> Tensor:
+    """uint8 (B, S, S) -> (B, crop, crop): a square of each; its place depends on (seed, step)."""
+    size = images.shape[2]
+    side = min(crop or size, size)
+    corners = uniforms(2, seed, step, np.arange(len(images))) * (size - side + 1)
+    squares = [x[i:i + side, j:j + side] for x, (i, j) in zip(images, corners.astype(int))]
+    return torch.stack(squares)
 
-    get_batch(step) -> uint8 (batch / world, S, S): this rank's slice of global batch `step`. The scaling factor becomes 1 / (the
-    latents' standard deviation). `should_stop()` is asked after every step; when it says so, the state is saved and None returned.
+
+def train_vae(config: VAEConfig, settings: VAESettings, ds, device, log) -> VAE:
+    """Train a VAE on `ds` -> it in eval mode, its scaling factor 1 / (the latents' SD).
+
+    A function of its arguments: killed, it starts again and gives the same weights (on a GPU to
+    rounding). log(dict) once a step. UserError after ten steps in a row that are not finite.
     """
-    torch.manual_seed(settings.seed)
-    vae = VAE(config)
-    for name, weight in vae.named_parameters():  # residual branches start at zero: a shallow net at first, which learns much sooner
+    seed = settings.seed
+    torch.manual_seed(seed)
+    vae = VAE(dataclasses.replace(config))  # a copy: the caller's keeps its scaling factor
+    for name, weight in vae.named_parameters():
         if name.endswith(("conv2.weight", "to_out.0.weight")):
-            nn.init.zeros_(weight)
+            nn.init.zeros_(weight)  # residual branches: a shallow net at first learns much sooner
     vae.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    state, start, variance = Path(folder).with_name(Path(folder).name + ".training.safetensors"), 0, 0.0
-    if state.is_file():
-        tensors, info = load_state(state)
-        vae.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        restore_optimizer(optimizer, tensors)
-        start, variance = info["step"], info["variance"]
-    model = DistributedDataParallel(vae) if world > 1 else vae
-    save = lambda step: rank == 0 and save_state(
-        state, {f"model.{k}": v for k, v in vae.state_dict().items()} | optimizer_tensors(optimizer), {"step": step, "variance": variance})
-
-    bar = progress(desc="VAE", total=settings.steps, initial=start, unit="step")
-    for step in range(start, settings.steps):
-        began, warm = time.perf_counter(), min(1.0, (step + 1) / (0.05 * settings.steps))
-        optimizer.param_groups[0]["lr"] = settings.lr * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-        images = get_batch(step).to(device)  # (b, S, S) uint8
-        mine = slice(rank * len(images), (rank + 1) * len(images))  # of the global batch, for which random numbers are drawn
-        side = min(settings.crop or images.shape[2], images.shape[2])
-        corners = (uniforms(2, settings.seed, step, np.arange(settings.batch))[mine] * (images.shape[2] - side + 1)).astype(int)
-        x = to_model(torch.stack([image[i:i + side, j:j + side] for image, (i, j) in zip(images, corners.tolist())]))
-        x = x.contiguous(memory_format=torch.channels_last)  # (b, 3, side, side)
-        shape = (settings.batch, config.latent_channels, side // config.factor, side // config.factor)
-        noise = torch.randn(shape, generator=generator(device, settings.seed, step, 1), device=device)[mine]
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=torch.device(device).type == "cuda"):
-            reconstruction, mean, logvar = model(x, noise)
-        loss, pixels = vae_loss(x, reconstruction, mean, logvar, settings)
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
+    stream = islice(batches(ds, settings.batch, 0, seed), settings.steps)
+    variance = 0.0  # of the latents: a moving average over the steps that were taken
+    taken = 0
+    skipped = 0  # steps in a row
+    for step, _, images in progress(stream, "VAE", settings.steps, "step"):
+        lr = settings.lr * min(1.0, (step + 1) / (0.05 * settings.steps))
+        lr *= 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+        optimizer.param_groups[0]["lr"] = lr
+        x = to_model(random_crops(images.to(device), settings.crop, seed, step))
+        x = x.contiguous(memory_format=torch.channels_last)  # (B, 3, crop, crop)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            mean, logvar = vae.encode(x)
+            rng = generator(device, seed, step, 1)
+            noise = torch.randn(mean.shape, device=device, generator=rng)
+            reconstruction = vae.decode(mean + torch.exp(0.5 * logvar) * noise)
+        mean = mean.float()
+        logvar = logvar.float()
+        loss = vae_loss(x, reconstruction.float(), mean, logvar, settings)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        variance = 0.98 * variance + 0.02 * (mean.detach().float().var() + logvar.detach().float().exp().mean()).item()
-        log({"stage": "vae", "step": step + 1, "loss": loss.item(), "l1": pixels.item(), "lr": optimizer.param_groups[0]["lr"],
-             "grad_norm": norm.item(), "images_per_s": round(settings.batch / (time.perf_counter() - began), 2)})
-        bar.set_postfix_str(f"L1 {pixels.item():.4f}", refresh=False)
-        bar.update()
-        if should_stop():
-            save(step + 1)
-            return None
-        if (step + 1) % save_every == 0:
-            save(step + 1)
-    bar.close()
-    spread = torch.tensor(variance / (1 - 0.98 ** settings.steps), device=device)  # undo the moving average's start at zero
-    if world > 1:
-        torch.distributed.all_reduce(spread, torch.distributed.ReduceOp.AVG if spread.is_cuda else torch.distributed.ReduceOp.SUM)
-        spread = spread if spread.is_cuda else spread / world
-    config.scaling_factor = round(float(spread) ** -0.5, 5)
-    if rank == 0:
-        vae.save_pretrained(folder)
-        state.unlink(missing_ok=True)
-    return vae
+        row = {"stage": "vae", "step": step + 1, "loss": loss.item(), "grad_norm": norm.item()}
+        if math.isfinite(row["loss"] + row["grad_norm"]):
+            optimizer.step()
+            spread = mean.var() + logvar.exp().mean()
+            variance = 0.98 * variance + 0.02 * spread.item()
+            taken += 1
+            skipped = 0
+        else:
+            row["skipped"] = True
+            skipped += 1
+        log(row)
+        if skipped == min(10, settings.steps):
+            raise UserError(f"training the VAE: loss or gradient was not finite in {skipped} steps "
+                            f"in a row, the last of them step {step + 1}; try a smaller lr")
+    variance /= 1 - 0.98**taken  # the average began at zero
+    vae.config.scaling_factor = round(variance**-0.5, 5)
+    return vae.eval()
 
 
 if __name__ == "__main__":
     with torch.device("meta"):  # shapes without numbers: the full-size network in no memory
-        full = VAE()
-        module_table("Stable Diffusion 1.5 VAE, encoder: x (1, 3, 512, 512) -> mean and logvar", full.encoder, torch.empty(1, 3, 512, 512))
-        module_table("Stable Diffusion 1.5 VAE, decoder: z (1, 4, 64, 64) -> x", full.decoder, torch.empty(1, 4, 64, 64))
-    print(f"  in all, with quant_conv and post_quant_conv: {sum(p.numel() for p in full.parameters()):,} parameters")
-    small = VAE(VAEConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4))
-    mean, logvar = small.encode(torch.rand(1, 3, 64, 64) * 2 - 1)
-    assert mean.shape == logvar.shape == (1, 4, 8, 8) and small.decode(mean).shape == (1, 3, 64, 64)
-    print("self-check: 64 px -> 8 x 8 latents -> 64 px")
+        vae = VAE()
+        module_table("Stable Diffusion 1.5 VAE, encoder: x (1, 3, 512, 512) -> mean and logvar",
+                     vae.encoder, torch.empty(1, 3, 512, 512))
+        module_table("Stable Diffusion 1.5 VAE, decoder: z (1, 4, 64, 64) -> x",
+                     vae.decoder, torch.empty(1, 4, 64, 64))
+    vae = VAE(VAEConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4))
+    x = torch.zeros(1, 3, 64, 48)
+    assert vae.decode(vae.encode(x)[0]).shape == x.shape
+    print("self-check: 64 x 48 pixels -> 8 x 6 latents -> 64 x 48 pixels")

@@ -1,97 +1,114 @@
-"""The DINO vision transformer that turns an image into the condition c (paper 2.3): DINOv1, DINOv2 with and without registers,
-RAD-DINO; and training one from scratch by self-distillation (Caron et al. 2021), which the small presets use.
+"""The DINO vision transformer that turns an image into the condition c (paper 2.3): DINOv1, DINOv2
+with and without registers, RAD-DINO; and training a small one by self-distillation.
 
-The modules are named as in timm; `PAIRS` below holds all that Hugging Face's files call otherwise. Weights come from the hub's
-`facebook/dino-vitb16` (the paper's DINOv1), `timm/vit_base_patch14_reg4_dinov2.lvd142m` (its DINOv2) or `microsoft/rad-dino`.
+Weights come from the hub: `facebook/dino-vitb16` (the paper's DINOv1), `microsoft/rad-dino`, or
+`timm/vit_base_patch14_reg4_dinov2.lvd142m` (the paper's DINOv2). Modules are named as in timm.
 
-    python vit.py           table of modules with shapes and parameters, and a self-check, in seconds
+    python vit.py                              table of modules with shapes, and a self-check
 
-    x (B, 3, H, W) ─ patch_embed ─ + positions ─ cat [CLS, REG, patches] ─ blocks ─ norm ─┬─ CLS ───────────── c_CLS ┐
-                                                                                           ├─ tanh(dense(CLS)) ─ c_PLR ├ c_GLB
-                                                                                           ├─ REG × R ───────── c_REG ┘
-                                                                                           └─ patches × L ───── c_LCL
+    x (B, 3, H, W) ─ patch_embed ─ + positions ─ cat [CLS, REG, patches] ─ blocks ─ norm ─ tokens
+    c_GLB = [c_CLS, c_PLR = tanh(dense(c_CLS)) where there is one, c_REG × R], the condition; c_LCL
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
+import itertools
 import math
-import re
-import shutil
-import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from data import (UserError, load_state, load_weights, module_table, optimizer_tensors, progress, restore_optimizer, save_state,
-                  to_model, uniforms)
+from data import UserError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]; what DINO was trained with
-PILLOW_FILTER = {"bilinear": 2, "bicubic": 3}  # the numbers in preprocessor_config.json
-
-# Our (and timm's) names and those of Hugging Face's files, as text replacements. The order matters: `attention.output.dense`
-# holds `output.dense`. Attention there keeps q, k and v apart; we fuse them, as timm does.
-COMMON = (("blocks.", "encoder.layer."), ("attn.q.", "attention.attention.query."), ("attn.k.", "attention.attention.key."),
-          ("attn.v.", "attention.attention.value."), ("attn.proj.", "attention.output.dense."), ("norm.", "layernorm."),
-          ("cls_token", "embeddings.cls_token"), ("reg_token", "embeddings.register_tokens"),
-          ("mask_token", "embeddings.mask_token"), ("pos_embed", "embeddings.position_embeddings"),
-          ("patch_embed.proj.", "embeddings.patch_embeddings.projection."))
-DINOV2 = (*COMMON, ("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1"))
-PAIRS = {"timm": (), "dinov2": DINOV2, "dinov2_with_registers": DINOV2,
-         "vit": (*COMMON, ("norm1.", "layernorm_before."), ("norm2.", "layernorm_after."),
-                 ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."))}
-CLASSES = {"vit": "ViTModel", "dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
-# transformers 5 has other names in memory, though not in what its save_pretrained writes: we read them as well.
-NEW = ((r"^layers\.", "encoder.layer."), (r"attention\.([qkv])_proj\.", r"attn.\1."), (r"attention\.o_proj\.", "attn.proj."))
+# Names of tensors: ours, which are timm's; those in transformers' files of DINOv2; and of DINOv1.
+# What is here twice has a second name in the memory of transformers 5. Replaced from top to bottom.
+# TRAP: `attention.output.dense` holds `output.dense`, so it comes before it.
+NAMES = [line.split() for line in """
+    blocks.          encoder.layer.                         encoder.layer.
+    blocks.          layers.                                layers.
+    attn.q.          attention.attention.query.             attention.attention.query.
+    attn.q.          attention.q_proj.                      attention.q_proj.
+    attn.k.          attention.attention.key.               attention.attention.key.
+    attn.k.          attention.k_proj.                      attention.k_proj.
+    attn.v.          attention.attention.value.             attention.attention.value.
+    attn.v.          attention.v_proj.                      attention.v_proj.
+    attn.proj.       attention.output.dense.                attention.output.dense.
+    attn.proj.       attention.o_proj.                      attention.o_proj.
+    norm1.           norm1.                                 layernorm_before.
+    norm2.           norm2.                                 layernorm_after.
+    mlp.fc1.         mlp.fc1.                               intermediate.dense.
+    mlp.fc2.         mlp.fc2.                               output.dense.
+    ls1.gamma        layer_scale1.lambda1                   ls1.gamma
+    ls2.gamma        layer_scale2.lambda1                   ls2.gamma
+    norm.            layernorm.                             layernorm.
+    cls_token        embeddings.cls_token                   embeddings.cls_token
+    reg_token        embeddings.register_tokens             reg_token
+    mask_token       embeddings.mask_token                  embeddings.mask_token
+    pos_embed        embeddings.position_embeddings         embeddings.position_embeddings
+    patch_embed.proj embeddings.patch_embeddings.projection embeddings.patch_embeddings.projection
+""".strip().splitlines()]
+COLUMNS = {"dinov2_with_registers": 1, "dinov2": 1, "vit": 2, "timm": 0}  # of NAMES, by layout
+MARKS = {"register_tokens": "dinov2_with_registers", "layer_scale1": "dinov2",
+         "embeddings.": "vit", "": "timm"}  # the first that is in the names tells the layout
+# ViTConfig's attributes, as config.json has them: transformers', and timm's in its `model_args`.
+FIELDS = [line.split() for line in """
+    image_size   image_size            img_size
+    patch_size   patch_size            patch_size
+    hidden_size  hidden_size           embed_dim
+    depth        num_hidden_layers     depth
+    heads        num_attention_heads   num_heads
+    mlp_ratio    mlp_ratio             mlp_ratio
+    registers    num_register_tokens   reg_tokens
+    mlp_size     intermediate_size
+    eps          layer_norm_eps
+    activation   hidden_act
+    layout       model_type
+""".strip().splitlines()]
+RESAMPLE = ["nearest", "lanczos", "bilinear", "bicubic"]  # by Pillow's numbers for them
 
 
 @dataclass
 class ViTConfig:
     """What a checkpoint is, whatever wrote it; the defaults are `facebook/dino-vitb16`."""
 
-    layout: str = "vit"  # whose names its file has: vit, dinov2, dinov2_with_registers (transformers) or timm
+    layout: str = "vit"  # whose names its file has: a key of COLUMNS
     image_size: int = 224  # pixels; the side that the position embedding was trained for
     patch_size: int = 16  # pixels
     hidden_size: int = 768  # width N of a token
     depth: int = 12
     heads: int = 12
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = 4
     registers: int = 0  # R
-    pooler: bool = False  # TRAP: the public DINOv1 has none; transformers then makes one of random numbers without an error
+    pooler: bool = False  # TRAP: public DINOv1 has none; transformers makes one of random numbers
     layer_scale: bool = False
-    cls_position: bool = True  # TRAP: timm's DINOv2-reg4 has no position for CLS, all the others have one
-    mask_token: bool = False  # kept so that the file can be written back; inference does not use it
-    eps: float = 1e-12  # of LayerNorm. TRAP: 1e-12 is transformers' for DINOv1; all others have 1e-6
+    cls_position: bool = True  # TRAP: timm's DINOv2-reg4 has no position for CLS, the others do
+    eps: float = 1e-12  # of LayerNorm. TRAP: transformers' for DINOv1; all others have 1e-6
     interpolation: str = "bilinear"  # of `prepare`; DINOv2 has bicubic
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    source: dict = field(default_factory=dict, repr=False, compare=False)  # the config.json it came from, to be written back
+    mean: tuple = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1]
+    std: tuple = (0.229, 0.224, 0.225)
+    activation = "gelu"  # no field, for it is the same in every ViT here
 
-    def __post_init__(self):
-        self.mean, self.std = tuple(self.mean), tuple(self.std)
-        if self.layout not in PAIRS or self.interpolation not in PILLOW_FILTER:
-            raise UserError(f"ViT: found layout {self.layout!r} and interpolation {self.interpolation!r}, expected one of "
-                            f"{', '.join(PAIRS)} and one of {', '.join(PILLOW_FILTER)}")
-        if self.hidden_size % self.heads or self.image_size < self.patch_size:
-            raise UserError(f"ViT: width {self.hidden_size} must be divisible by {self.heads} heads, and an image of "
-                            f"{self.image_size} px hold a patch of {self.patch_size} px")
+    @property
+    def mlp_size(self) -> int:
+        return round(self.hidden_size * self.mlp_ratio)
 
     @property
     def global_count(self) -> int:
         """S: how many global tokens there are, 1 [+ 1 pooler token] + R."""
         return 1 + self.pooler + self.registers
 
+    def fields(self) -> dict:
+        """What the config.json of the layout says of the network."""
+        number = 2 if self.layout == "timm" else 1
+        return {row[number]: getattr(self, row[0]) for row in FIELDS if len(row) > number}
 
-# ---- Building blocks ------------------------------------------------------------------------------------------------------
+
+# ---- Building blocks ----
 
 
 class Attention(nn.Module):
@@ -101,15 +118,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, maps: list | None = None) -> Tensor:
-        B, S, N = x.shape
-        q, k, v = self.qkv(x).view(B, S, 3, self.heads, N // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, S, N/heads)
-        if maps is None:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            maps.append((q @ k.transpose(-2, -1) * (N // self.heads) ** -0.5).softmax(-1))  # (B, heads, S, S)
-            out = maps[-1] @ v
-        return self.proj(out.transpose(1, 2).reshape(B, S, N))
+    def forward(self, x: Tensor, maps=None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if maps is not None:
+            maps.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))  # (B, heads, S, S)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, S, N / heads)
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class LayerScale(nn.Module):
@@ -124,405 +138,385 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
-        N, hidden = config.hidden_size, round(config.hidden_size * config.mlp_ratio)
+        N = config.hidden_size
         scale = LayerScale if config.layer_scale else nn.Identity
-        self.norm1, self.attn, self.ls1 = nn.LayerNorm(N, config.eps), Attention(config), scale(N)
-        self.norm2, self.ls2 = nn.LayerNorm(N, config.eps), scale(N)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(N, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, N)))
+        self.norm1 = nn.LayerNorm(N, config.eps)
+        self.attn = Attention(config)
+        self.ls1 = scale(N)
+        self.norm2 = nn.LayerNorm(N, config.eps)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(N, config.mlp_size), act=nn.GELU(), fc2=nn.Linear(config.mlp_size, N)))
+        self.ls2 = scale(N)
 
-    def forward(self, x: Tensor, maps: list | None = None) -> Tensor:
+    def forward(self, x: Tensor, maps=None) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x), maps))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-def start_weights(module: nn.Module) -> None:
-    """Weights to train from. CHOICE: Xavier. DINO's fixed deviation, 0.02, is near it at width 768, and too small at 128."""
-    for name, p in module.named_parameters():
-        if p.ndim == 2:
-            nn.init.xavier_normal_(p)
-        elif p.ndim == 3:  # tokens and positions. CHOICE: 0.3 for positions, else a short training is blind to where things are
-            nn.init.trunc_normal_(p, std=0.3 if name == "pos_embed" else 0.02)
-        elif name.endswith(".bias") and "patch_embed" not in name:
-            nn.init.zeros_(p)
-
-
-# ---- The vision transformer (paper 2.3) -----------------------------------------------------------------------------------
+# ---- The vision transformer (paper 2.3) ----
 
 
 class ViT(nn.Module):
-    """f_Φ: image -> tokens c, of which the global ones, c_GLB = [c_CLS, c_PLR, c_REG], condition the diffusion model."""
+    """f_Φ: image -> tokens c; the global ones, c_GLB = [c_CLS, c_PLR, c_REG], are the condition."""
 
     def __init__(self, config: ViTConfig = ViTConfig()):
         super().__init__()
-        N, grid = config.hidden_size, config.image_size // config.patch_size
+        N = config.hidden_size
+        P = config.patch_size
+        R = config.registers
+        positions = config.cls_position + (config.image_size // P) ** 2
+        pooler = nn.Sequential(OrderedDict(dense=nn.Linear(N, N), tanh=nn.Tanh()))
         self.config = config
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, N))
-        self.reg_token = nn.Parameter(torch.zeros(1, config.registers, N)) if config.registers else None
-        self.register_buffer("mask_token", torch.zeros(1, N) if config.mask_token else None)
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.cls_position + grid * grid, N))
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, N, config.patch_size, stride=config.patch_size)))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, N))
+        self.reg_token = nn.Parameter(0.02 * torch.randn(1, R, N)) if R else None
+        # Nothing here uses the mask token: it is kept so that DINOv2's file can be written back.
+        self.register_buffer("mask_token", torch.zeros(1, N) if "dinov2" in config.layout else None)
+        # CHOICE: 0.3, not 0.02, else a short training does not see where things are.
+        self.pos_embed = nn.Parameter(0.3 * torch.randn(1, positions, N))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, N, P, stride=P)))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(N, config.eps)
-        self.pooler = nn.Sequential(OrderedDict(dense=nn.Linear(N, N))) if config.pooler else None
-        start_weights(self)
+        self.pooler = pooler if config.pooler else None
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """x (B, 1 or 3, H, W) in [0, 1] -> (B, 3, H, W) as `forward` takes it."""
+        mean, std = x.new_tensor([self.config.mean, self.config.std]).view(2, 3, 1, 1)
+        return (x - mean) / std
 
     def prepare(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] -> (B, 3, S, S) as `forward` takes it: S = image_size, each channel normalised.
-
-        CHOICE: the whole image is resized to the encoder's own size; nothing is cropped away, as its ImageNet pipeline would.
+        """x (B, 3, H, W) in [-1, 1] -> (B, 3, S, S) as `forward` takes it: S = image_size, each
+        channel normalised. CHOICE: the whole image is resized; nothing is cropped away.
         """
-        size, shape = (self.config.image_size, self.config.image_size), (1, 3, 1, 1)
-        if x.shape[2:] != size:
-            x = F.interpolate(x, size, mode=self.config.interpolation, antialias=True).clamp(-1, 1)  # bicubic overshoots
-        return ((x + 1) / 2 - x.new_tensor(self.config.mean).view(shape)) / x.new_tensor(self.config.std).view(shape)
+        S = self.config.image_size
+        x = F.interpolate(x, (S, S), mode=self.config.interpolation, antialias=True)
+        x = x.clamp(-1, 1)  # TRAP: bicubic overshoots beyond black and white
+        return self.normalise((x + 1) / 2)
 
     def positions(self, height: int, width: int) -> Tensor:
-        """The position embedding of the patches, resampled to height × width patches: (1, height * width, N)."""
-        grid, layout = self.config.image_size // self.config.patch_size, self.config.layout
-        patches = self.pos_embed[:, self.config.cls_position:]
-        if (height, width) == (grid, grid):
-            return patches
-        patches = patches.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # (1, N, grid, grid)
-        # TRAP: all are bicubic, but transformers smooths for registers alone, timm always; DINOv1 stays in its own precision.
-        patches = F.interpolate(patches if layout == "vit" else patches.float(), (height, width), mode="bicubic",
-                                antialias=layout in ("timm", "dinov2_with_registers"))
-        return patches.to(self.pos_embed.dtype).flatten(2).transpose(1, 2)
+        """The patches' position embedding, resampled to height × width: (1, height * width, N)."""
+        c = self.config
+        grid = c.image_size // c.patch_size
+        patches = self.pos_embed[:, c.cls_position:].mT.unflatten(2, (grid, grid))
+        # TRAP: all are bicubic, but transformers smooths for registers alone and timm always, and
+        # only DINOv1 is resampled in its own precision.
+        patches = F.interpolate(
+            patches if c.layout == "vit" else patches.float(), (height, width), mode="bicubic",
+            antialias=c.layout in ("timm", "dinov2_with_registers"))  # (1, N, height, width)
+        return patches.to(self.pos_embed.dtype).flatten(2).mT
 
     def forward(self, x: Tensor, maps: list | None = None) -> Tensor:
-        """x (B, 3, H, W) normalised -> tokens (B, 1 [+ 1] + R + L, N) after the final norm: CLS, PLR, REG, patches.
+        """x (B, 3, H, W) normalised -> tokens (B, 1 [+ 1] + R + L, N) after the final norm: CLS,
+        PLR, REG, patches. Source: Dosovitskiy et al. 2021, Darcet et al. 2024.
 
-        H and W: any size of at least one patch; what does not fill a patch is left out. A list given as `maps` receives each
-        block's attention probabilities (B, heads, T, T), T = 1 + R + L. Source: Dosovitskiy et al. 2021, Darcet et al. 2024.
+        H, W: any size of at least one patch; what does not fill a patch is left out. A list `maps`
+        receives each block's attention probabilities (B, heads, T, T), T = 1 + R + L.
         """
         patches = self.patch_embed(x)  # (B, N, H/P, W/P)
-        patches = patches.flatten(2).transpose(1, 2) + self.positions(*patches.shape[2:])  # (B, L, N)
-        cls = self.cls_token + self.pos_embed[:, :1] if self.config.cls_position else self.cls_token
-        prefix = cls if self.reg_token is None else torch.cat([cls, self.reg_token], dim=1)  # TRAP: registers have no position
-        x = torch.cat([prefix.expand(len(x), -1, -1).to(patches.dtype), patches], dim=1)  # (B, 1 + R + L, N)
+        positions = self.positions(*patches.shape[2:])
+        prefix = self.cls_token
+        if self.config.cls_position:
+            prefix = prefix + self.pos_embed[:, :1]
+        if self.reg_token is not None:  # TRAP: registers have no position
+            prefix = torch.cat([prefix, self.reg_token], dim=1)
+        prefix = prefix.expand(len(x), -1, -1).to(patches.dtype)
+        x = torch.cat([prefix, patches.flatten(2).mT + positions], dim=1)  # (B, 1 + R + L, N)
         for block in self.blocks:
             x = block(x, maps)
         x = self.norm(x)
-        return x if self.pooler is None else torch.cat([x[:, :1], torch.tanh(self.pooler(x[:, :1])), x[:, 1:]], dim=1)
+        if self.pooler is None:
+            return x
+        return torch.cat([x[:, :1], self.pooler(x[:, :1]), x[:, 1:]], dim=1)
 
     def global_tokens(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) normalised -> c_GLB = [CLS, PLR where there is one, REG × R] (B, S, N) [DiNO-Diff 2.3]."""
+        """x (B, 3, H, W) normalised -> c_GLB = [CLS, PLR where there is one, REG × R] (B, S, N).
+
+        Patch tokens do not condition: they carry local detail, so a model that sees them learns to
+        copy its source image instead of what the image means [DiNO-Diff 2.3, A.1].
+        """
         return self(x)[:, :self.config.global_count]
 
-    # ---- Load and save ----
-
     @classmethod
-    def from_pretrained(cls, source, subfolder: str | None = None, revision: str | None = None, offline: bool = False) -> ViT:
+    def from_pretrained(cls, source, subfolder=None, revision=None) -> ViT:
         """A folder, one weights file or a hub id, of any of the four layouts -> ViT in float32.
-
-        The sizes are config.json's; without one, the tensors', with heads 64 wide. UserError says what does not fit.
+        UserError says what does not fit.
         """
-        raw, state = data.read_weights(source, subfolder, revision, offline)
-        state, layout = native_names(state)
-        if layout != "timm" and (file := _beside(source, "preprocessor_config.json", subfolder, revision, offline)):
-            raw = raw | {"preprocessor": json.loads(file.read_text())}
+        told, state, preprocessor = data.read_weights(source, subfolder, revision)
+        try:
+            named, layout = our_names(state)
+            config = read_config(told, preprocessor, named, layout)
+        except Exception as error:  # a stranger's file can be odd in any way: say how
+            raise UserError(f"{source} is no ViT, or its config.json is another's: {error!r}; "
+                            f"found the tensors {list(state)[:4]} …") from None
         with torch.device("meta"):
-            model = cls(read_config(raw, state, layout, source))
-        return load_weights(model, state, source)
+            model = cls(config)
+        return data.load_weights(model, named, source)
 
     def save_pretrained(self, folder) -> None:
-        """Write config.json and model.safetensors in the layout that it came from, for transformers' or timm's own classes."""
-        c, state, N = self.config, {}, self.config.hidden_size
-        for key, value in self.state_dict().items():
-            is_split = ".qkv." in key and c.layout != "timm"
-            for letter, part in zip("qkv", value.chunk(3)) if is_split else [("qkv", value)]:
-                name = key.replace(".qkv.", f".{letter}.")
-                for ours, theirs in PAIRS[c.layout]:
-                    name = name.replace(ours, theirs)
-                state[name] = part
-        config = {k: v for k, v in c.source.items() if k not in ("dtype", "torch_dtype", "preprocessor")}  # it is float32 now
+        """Write config.json, model.safetensors and preprocessor_config.json in the layout that it
+        came from, for transformers' or timm's own classes.
+        """
+        c = self.config
+        S = c.image_size
+        config = c.fields()
         if c.layout == "timm":
-            config = {"architecture": "vit_base_patch16_224", "num_features": N, "num_classes": 0} | config
-            config["model_args"] = config.get("model_args", {}) | {
-                "img_size": c.image_size, "patch_size": c.patch_size, "embed_dim": N, "depth": c.depth, "num_heads": c.heads,
-                "mlp_ratio": c.mlp_ratio, "reg_tokens": c.registers, "no_embed_class": not c.cls_position, "num_classes": 0,
-                "init_values": 1e-5 if c.layer_scale else None}
-            config["pretrained_cfg"] = config.get("pretrained_cfg", {}) | {
-                "input_size": [3, c.image_size, c.image_size], "fixed_input_size": True, "interpolation": c.interpolation,
-                "mean": c.mean, "std": c.std, "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head"}
-        else:
-            config |= {"architectures": [CLASSES[c.layout]], "model_type": c.layout, "image_size": c.image_size,
-                       "patch_size": c.patch_size, "hidden_size": N, "num_hidden_layers": c.depth,
-                       "num_attention_heads": c.heads, "layer_norm_eps": c.eps, "hidden_act": "gelu", "num_channels": 3,
-                       "qkv_bias": True}
-            config |= {"intermediate_size": round(N * c.mlp_ratio)} if c.layout == "vit" else {"mlp_ratio": round(c.mlp_ratio)}
-            config |= {"num_register_tokens": c.registers} if c.registers else {}
-            data.write_json(Path(folder, "preprocessor_config.json"), {
-                "image_processor_type": "ViTImageProcessor", "size": {"height": c.image_size, "width": c.image_size},
-                "resample": PILLOW_FILTER[c.interpolation], "image_mean": c.mean, "image_std": c.std})
-        data.write_weights(folder, config, state, "model.safetensors")
+            config |= {"num_classes": 0, "no_embed_class": not c.cls_position,
+                       "init_values": 1e-5 if c.layer_scale else None}
+            shown = {"input_size": [3, S, S], "interpolation": c.interpolation, "mean": c.mean,
+                     "std": c.std}
+            config = {"architecture": "vit_base_patch16_224", "model_args": config,
+                      "pretrained_cfg": shown}
+        data.write_json(f"{folder}/preprocessor_config.json", {
+            "image_processor_type": "ViTImageProcessor", "size": {"height": S, "width": S},
+            "image_mean": c.mean, "image_std": c.std, "resample": RESAMPLE.index(c.interpolation)})
+        state = their_names(self.state_dict(), c.layout)
+        data.write_weights(folder, config, state, "model.safetensors")  # config.json comes last
 
 
-def native_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """A checkpoint's tensors under our names, and the layout that its names were of."""
-    anchor = next((key for key in state if key.endswith("cls_token")), "cls_token")
-    prefix = anchor.removesuffix("cls_token").removesuffix("embeddings.")  # `vit.`; what lies beside it is a head for some task
-    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    find = lambda part: any(part in key for key in state)
-    layout = "timm" if not find("embeddings.") else "dinov2_with_registers" if find("register_tokens") else "dinov2" if find(
-        "layer_scale1") else "vit"
+# ---- Names and sizes ----
+
+
+def our_names(state: dict) -> tuple[dict, str]:
+    """A checkpoint's tensors under our names, and the layout that its names are of."""
+    keys = " ".join(state)
+    layout = next(name for mark, name in MARKS.items() if mark in keys)
+    start = keys.partition("cls_token")[0].split(" ")[-1]
+    prefix = start.removesuffix("embeddings.")  # `vit.`, where a head for some task lies beside it
     named = {}
-    for key, value in state.items() if layout != "timm" else ():
-        for new, old in NEW:
-            key = re.sub(new, old, key)
-        for ours, theirs in PAIRS[layout]:
-            key = key.replace(theirs, ours)
-        named[key] = value
-    for key in [key for key in named if ".attn.q." in key]:
-        parts = [key.replace(".q.", f".{letter}.") for letter in "qkv"]
-        if all(part in named for part in parts):  # (N, N) three times -> (3N, N)
-            named[key.replace(".q.", ".qkv.")] = torch.cat([named.pop(part) for part in parts])
-    if layout == "vit":
-        named.pop("mask_token", None)  # of a masked-image-modelling checkpoint; ViTModel has none
-    return named or state, layout
+    for key, value in state.items():
+        if key.startswith(prefix):
+            key = key.removeprefix(prefix)
+            for row in NAMES:
+                key = key.replace(row[COLUMNS[layout]], row[0])
+            named[key] = value
+    for key in [key for key in named if ".attn.q." in key]:  # (N, N) three times -> (3N, N)
+        parts = [named.pop(key.replace(".q.", f".{letter}.")) for letter in "qkv"]
+        named[key.replace(".q.", ".qkv.")] = torch.cat(parts)
+    return named, layout
 
 
-def read_config(raw: dict, state: dict[str, Tensor], layout: str, source) -> ViTConfig:
-    """A config.json of transformers or timm ({} for none) and the tensors under our names -> ViTConfig."""
-    ffn = [state[key] for key in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight") if key in state]
-    is_gated = len(ffn) == 2 and len(ffn[0]) != ffn[1].shape[1]
-    if raw.get("use_swiglu_ffn") or raw.get("hidden_act", "gelu") != "gelu" or is_gated:
-        raise UserError(f"{source} has a SwiGLU or other feed-forward layer, as DINOv2-giant; expected the exact GELU of the "
-                        "small, base and large models: take one of those")
-    d = ViTConfig()
-    size = lambda key, axis, default: state[key].shape[axis] if key in state and state[key].ndim > axis else default
-    shown, args, processor = raw.get("pretrained_cfg", {}), raw.get("model_args", {}), raw.get("preprocessor", {})
-    width = raw.get("hidden_size") or size("cls_token", 2, d.hidden_size)
-    patch = raw.get("patch_size") or size("patch_embed.proj.weight", 2, d.patch_size)
-    positions, depths = size("pos_embed", 1, 197), [int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)]
-    ratio = raw.get("intermediate_size", 0) / width or raw.get("mlp_ratio")
-    usual = {2: "bilinear", 3: "bicubic"}.get(processor.get("resample"), "bilinear" if layout == "vit" else "bicubic")
-    return ViTConfig(
-        layout=layout, patch_size=patch, hidden_size=width, image_size=raw.get("image_size") or math.isqrt(positions) * patch,
-        depth=raw.get("num_hidden_layers") or max(depths, default=d.depth - 1) + 1,
-        heads=raw.get("num_attention_heads") or args.get("num_heads") or max(1, width // 64),
-        mlp_ratio=ratio or size("blocks.0.mlp.fc1.weight", 0, 4 * width) / width,
-        registers=size("reg_token", 1, 0), pooler="pooler.dense.weight" in state, layer_scale="blocks.0.ls1.gamma" in state,
-        cls_position=math.isqrt(positions) ** 2 != positions,  # 1 + grid² is never a square
-        mask_token="mask_token" in state, eps=raw.get("layer_norm_eps", d.eps if layout == "vit" else 1e-6),
-        interpolation=shown.get("interpolation") or usual, mean=shown.get("mean") or processor.get("image_mean") or d.mean,
-        std=shown.get("std") or processor.get("image_std") or d.std, source=raw)
+def their_names(state: dict, layout: str) -> dict:
+    """The inverse of `our_names`: our tensors under the names of the layout's own library."""
+    named = {}
+    for key, value in state.items():
+        letters = "qkv" if ".qkv." in key and layout != "timm" else ["qkv"]
+        for letter, part in zip(letters, value.chunk(len(letters))):
+            name = key.replace("qkv", letter)
+            for row in NAMES:
+                name = name.replace(row[0], row[COLUMNS[layout]])
+            named[name] = part
+    return named
 
 
-def _beside(source, name: str, subfolder: str | None, revision: str | None, offline: bool) -> Path | None:
-    """A small file that lies beside the weights of `source`, or None."""
-    path = Path(source).expanduser()
-    if path.exists():
-        file = path.with_name(name) if path.is_file() else path / (subfolder or "") / name
-        return file if file.is_file() else None
-    return data.hub_file(str(source), "/".join(filter(None, [subfolder, name])), revision, offline)
+def read_config(told: dict, preprocessor: dict, state: dict, layout: str) -> ViTConfig:
+    """The sizes of the tensors (under our names), which config.json must not contradict, and what
+    tensors cannot tell from config.json (`told`) and preprocessor_config.json: {} for none.
+    """
+    for part in (told.get("model_args"), told.get("pretrained_cfg"), preprocessor):
+        told = told | (part or {})
+    mlp_size = len(state["blocks.0.mlp.fc1.weight"])
+    patch_size = state["patch_embed.proj.weight"].shape[2]
+    _, positions, width = state["pos_embed"].shape
+    grid = math.isqrt(positions)
+    is_v1 = layout == "vit"
+    config = ViTConfig(
+        layout=layout, image_size=grid * patch_size, patch_size=patch_size, hidden_size=width,
+        depth=sum("norm1.weight" in key for key in state),
+        heads=told.get("num_attention_heads") or told.get("num_heads") or max(1, width // 64),
+        mlp_ratio=mlp_size / width if mlp_size % width else mlp_size // width,
+        registers=state["reg_token"].shape[1] if "reg_token" in state else 0,
+        pooler="pooler.dense.weight" in state, layer_scale="blocks.0.ls1.gamma" in state,
+        cls_position=grid**2 != positions,  # 1 + grid² is never a square
+        eps=told.get("layer_norm_eps") or (1e-12 if is_v1 else 1e-6),
+        interpolation=told.get("interpolation")
+        or RESAMPLE[told.get("resample") or (2 if is_v1 else 3)],
+        mean=tuple(told.get("mean") or told.get("image_mean") or ViTConfig.mean),
+        std=tuple(told.get("std") or told.get("image_std") or ViTConfig.std))
+    for key, value in config.fields().items():
+        if told.get(key) not in (None, value):
+            raise ValueError(f"it says {key} = {told[key]}, the tensors {value}")
+    numbers = (*config.mean, *config.std, config.eps)
+    if not (len(config.mean) == len(config.std) == 3 and config.interpolation in RESAMPLE[2:]
+            and all(0 <= number <= 1 for number in numbers) and all(numbers[3:])
+            and type(config.heads) is int and config.heads > 0 and width % config.heads == 0):
+        raise ValueError(f"found {config}")
+    return config
 
 
-# ---- Self-distillation from scratch (Caron et al. 2021) -------------------------------------------------------------------
+# ---- Self-distillation from scratch (Caron et al. 2021) ----
 
 
 @dataclass(frozen=True)
 class DinoSettings:
-    """How `train_dino` trains. The paper takes DINO's public weights; these are for the presets that download nothing."""
+    """How `train_dino` trains, for the presets that do not take DINO's public weights."""
 
     steps: int = 300
-    batch: int = 32  # images in all, over the ranks
-    lr: float = 1e-3  # peak, for this batch; linear warm-up over the first 10 % of the steps, then a cosine to lr / 100
-    weight_decay: tuple[float, float] = (0.04, 0.04)  # from, to, by a cosine
+    batch: int = 32  # images a step
+    lr: float = 1e-3  # peak; linear warm-up over the first 10 % of the steps, cosine to lr / 100
+    weight_decay: float = 0.04
     momentum: float = 0.95  # of the teacher's moving average, to 1 by a cosine
     student_temperature: float = 0.1
-    teacher_temperature: tuple[float, float] = (0.04, 0.04)  # from, to, linearly over the first 30 % of the steps
+    teacher_temperature: float = 0.04
     head_hidden: int = 256
     head_bottleneck: int = 64
     out_dim: int = 256  # K, prototypes
     global_size: int = 48  # pixels of the two global crops
-    global_scale: tuple[float, float] = (0.7, 1.0)  # share of the image's area
+    global_scale: tuple = (0.7, 1.0)  # share of the image's area
     local_crops: int = 2
     local_size: int = 24
-    local_scale: tuple[float, float] = (0.3, 0.7)  # CHOICE: large, or a finding is in few views of its image and is unlearnt
+    # CHOICE: local crops are large, else a finding is in few views of its image and is not learnt.
+    local_scale: tuple = (0.3, 0.7)
     jitter: float = 0.3  # strength of gamma and blur
-    frozen: float = 1.0  # share of the steps in which the prototypes stay as they are. CHOICE: all; let go, they become one
     clip: float = 3.0  # largest gradient norm
     seed: int = 0
 
 
-class Head(nn.Module):
-    """(B, N) -> cosines with K prototypes (B, K): an MLP, standardised over the batch, and a last layer of unit rows.
+class Dino(nn.Module):
+    """What is trained, a ViT and its head: x normalised -> cosines with K prototypes, CLS tokens.
 
-    CHOICE: chest X-rays are so alike that what their features share would outweigh what tells them apart, and both networks
-    would agree on that; standardising (batch norm without parameters) takes it out. `average`: over the ranks, differentiable.
+    CHOICE: the head standardises over the batch: chest X-rays are so alike that what their features
+    share would outweigh what tells them apart, and both networks would agree on that. Prototypes
+    stay as they were drawn: trained, they become one. Weights begin as Xavier's; DINO's deviation,
+    0.02, is near it at width 768 and too small at 128.
     """
 
-    def __init__(self, width: int, s: DinoSettings):
+    def __init__(self, config: ViTConfig, s: DinoSettings):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, s.head_hidden), nn.GELU(), nn.Linear(s.head_hidden, s.head_hidden), nn.GELU(),
-                                 nn.Linear(s.head_hidden, s.head_bottleneck))
-        self.last = nn.Linear(s.head_bottleneck, s.out_dim, bias=False)
-        start_weights(self)
+        self.vit = ViT(config)
+        self.head = nn.Sequential(
+            nn.Linear(config.hidden_size, s.head_hidden), nn.GELU(),
+            nn.Linear(s.head_hidden, s.head_hidden), nn.GELU(),
+            nn.Linear(s.head_hidden, s.head_bottleneck),
+            nn.BatchNorm1d(s.head_bottleneck, 1e-6, affine=False, track_running_stats=False))
+        self.register_buffer(
+            "prototypes", F.normalize(torch.randn(s.out_dim, s.head_bottleneck), dim=1))
+        for module in self.modules():
+            if type(module) is nn.Linear:
+                nn.init.xavier_normal_(module.weight)
+                nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, average: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-        x = self.mlp(x)
-        with torch.autocast(x.device.type, enabled=False):  # cosines are divided by 0.04: bf16's three digits are too few
-            x = x.float() - average(x.float().mean(0))
-            x = x / (average(x.square().mean(0)) + 1e-6).sqrt()
-            return F.normalize(x, dim=-1) @ F.normalize(self.last.weight, dim=-1).T  # weight norm with g = 1
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, 3, H, W) -> (B, K) and (B, N), float32."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            cls = self.vit(x)[:, 0]
+        cls = cls.float()  # the cosines are divided by 0.04: bf16's three digits are too few
+        return F.normalize(self.head(cls), dim=1) @ self.prototypes.T, cls
 
 
-def crop(images: Tensor, size: int, scale: tuple[float, float], jitter: float, *draw) -> Tensor:
-    """images (b, H, W) uint8 -> one random view of each, (b, 1, size, size) in [0, 1]. `draw`: integers, (b,) numbers.
+def crops(images: Tensor, count: int, size: int, scale: tuple, jitter: float, rng) -> Tensor:
+    """images uint8 (B, H, W) -> `count` random views of each, (count * B, 1, size, size) in [0, 1],
+    drawn from the generator `rng`: a crop of an area in `scale`, then gamma, exposure, sharpness.
 
-    A resized crop of an area in `scale`, then gamma, a contrast and a brightness, and a blur (or sharpening).
-    CHOICE: no flip, for the heart is on the left; no solarisation, for an inverted X-ray is another modality.
-    TRAP: exposure shows in any crop of an X-ray, so a network that only reads it off solves the task; jitter around the film's
-    own contrast and brightness leaves it readable. So both are drawn anew, whatever they were.
+    CHOICE: no flip, for the heart is on the left; no solarisation, for an inverted X-ray is another
+    modality. TRAP: any crop of an X-ray shows the exposure, so a network that only reads it off
+    solves the task. Jitter around the film's own contrast leaves it readable: it is drawn anew.
     """
-    u = torch.from_numpy(uniforms(9, *draw)).float().to(images.device).T.reshape(9, -1, 1, 1, 1)
-    signed = lambda i, strength: jitter * strength * (2 * u[i] - 1)
-    area, stretch = scale[0] + (scale[1] - scale[0]) * u[0], (4 / 3) ** (u[1] - 0.5)
-    w, h = (area.sqrt() * stretch).clamp(max=1), (area.sqrt() / stretch).clamp(max=1)
-    zero = torch.zeros_like(w)
-    theta = torch.cat([w, zero, (1 - w) * (2 * u[2] - 1), zero, h, (1 - h) * (2 * u[3] - 1)], dim=1).view(-1, 2, 3)
-    x = F.grid_sample(images[:, None].float() / 255, F.affine_grid(theta, (len(images), 1, size, size), align_corners=False),
-                      padding_mode="border", align_corners=False)
-    x = x.clamp(1e-4, 1) ** (2 ** signed(4, 1.5))
-    deviation, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
-    x = (x - mean) / (deviation + 0.02) * (0.1 + 0.25 * u[5]) + 0.3 + 0.4 * u[6]
-    return (x + (F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x) * (2 * jitter * (1.5 * u[7] - 0.5))).clamp(0, 1)
+    device = images.device
+    draws = torch.rand(8, count * len(images), 1, 1, 1, device=device, generator=rng)
+    area, stretch, left, top, gamma, contrast, light, blur = 2 * draws - 1
+    side = ((sum(scale) + (scale[1] - scale[0]) * area) / 2).sqrt()
+    stretch = (4 / 3) ** (stretch / 2)
+    sides = torch.cat([side * stretch, side / stretch], dim=3).clamp(max=1)  # width, height
+    middle = (1 - sides) * torch.cat([left, top], dim=3)
+    whole = F.affine_grid(torch.eye(2, 3, device=device)[None], (1, 1, size, size), False)
+    x = images[:, None].float().repeat(count, 1, 1, 1) / 255
+    x = F.grid_sample(x, whole * sides + middle, padding_mode="border", align_corners=False)
+    x = x.clamp(1e-4, 1) ** (2 ** (1.5 * jitter * gamma))
+    deviation, mean = torch.std_mean(x, dim=(2, 3), keepdim=True)
+    x = (x - mean) / (deviation + 0.02) * (0.225 + 0.125 * contrast) + 0.5 + 0.2 * light
+    blurred = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    return (x + (blurred - x) * jitter * (0.5 + 1.5 * blur)).clamp(0, 1)
 
 
-def train_dino(config: ViTConfig, settings: DinoSettings, get_batch: Callable[[int], Tensor], folder, device="cpu",
-               rank: int = 0, world: int = 1, log: Callable[[dict], None] = lambda row: None, save_every: int = 250,
-               should_stop: Callable[[], bool] = lambda: False) -> ViT | None:
-    """Train a ViT without labels and save the teacher to `folder`; a killed run goes on from the last saved step, bit for bit.
-
-    The student sees global and local views and is to guess the teacher's output for the other global views; the teacher is the
-    student's moving average, its output centred (no prototype may always win) and sharpened (nor may all be equal).
-    get_batch(step) -> uint8 (batch / world, S, S): this rank's slice, in order, of global batch `step`. Every random number is
-    a function of (seed, step, place in the global batch), so any number of ranks draws the same. `should_stop()` is asked after
-    every step; when it says so, the state is saved and None returned.
+def teacher_targets(cosines: Tensor, s: DinoSettings) -> Tensor:
+    """The teacher's cosines (2B, K) -> probabilities (2B, K): centred, so that no prototype always
+    wins, and sharpened by the temperature, so that they are not all equal [DINO 3.1].
     """
-    s, folder, kind = settings, Path(folder), torch.device(device).type
+    return ((cosines - cosines.mean(0)) / s.teacher_temperature).softmax(1)
+
+
+def dino_loss(targets: Tensor, cosines: Tensor, s: DinoSettings) -> Tensor:
+    """Mean cross-entropy H(teacher, student) over the pairs of different views [DINO eq. 3], for
+    targets (2B, K) of the global views and cosines (V * B, K) of all V views, global ones first.
+    """
+    views = 2 + s.local_crops
+    guesses = (cosines / s.student_temperature).log_softmax(1).view(views, -1)  # (V, B * K)
+    pairs = targets.view(2, -1) @ guesses.T  # (2, V)
+    return (pairs.diagonal().sum() - pairs.sum()) / (len(targets) * (views - 1))
+
+
+@torch.no_grad()
+def standardise(vit: ViT, batches, device) -> None:
+    """CHOICE: rescale the final norm so that every dimension of CLS has mean 0 and deviation 1 over
+    `batches`. A young DINO sees all chests as nearly alike, and the UNet would need long to find
+    the little by which its tokens differ.
+    """
+    cls = [vit(vit.prepare(data.to_model(images.to(device))))[:, 0] for _, _, images in batches]
+    deviation, mean = torch.std_mean(torch.cat(cls), dim=0)
+    deviation = deviation.clamp(min=1e-4)
+    vit.norm.bias.sub_(mean).div_(deviation)
+    vit.norm.weight.div_(deviation)
+
+
+def train_dino(config: ViTConfig, settings: DinoSettings, ds, device="cpu", log=print) -> ViT:
+    """Train a ViT without labels on the images of `ds`; the teacher is returned, in eval mode.
+
+    The student sees global and local views and is to guess what the teacher, its own moving
+    average, says of the other global views. A function of its arguments: killed, it starts again
+    and gives the same weights. `log` gets a dict a step; collapse shows in it as a teacher_entropy
+    of 0 or ln K, or a feature_spread of 0. UserError after ten steps in a row that are not finite.
+    """
+    s = settings
     torch.manual_seed(s.seed)
-    student = nn.ModuleDict({"vit": ViT(config), "head": Head(config.hidden_size, s)}).to(device)
+    student = Dino(config, s).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    both = nn.ModuleDict({"student": student, "teacher": teacher})
-    parameters = [p for name, p in student.named_parameters() if "pooler" not in name]  # all that the loss reaches
-    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1]},
-                                   {"params": [p for p in parameters if p.ndim == 1]}])
-    file, start = folder.with_name(folder.name + ".training.safetensors"), 0
-    plan = json.loads(json.dumps({"vit": dataclasses.asdict(config), "settings": dataclasses.asdict(s)}))
-    if file.is_file():
-        tensors, info = load_state(file)
-        if info["plan"] != plan:
-            raise UserError(f"{file} is of a run with other settings: give the same ones, or remove it to start anew")
-        both.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
-        restore_optimizer(optimizer, tensors)
-        start = info["step"]
-    save = lambda step: rank == 0 and save_state(file, both.state_dict() | optimizer_tensors(optimizer),
-                                                 {"step": step, "plan": plan})
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (config.mean, config.std))
-    cosine = lambda start, end, at: end + (start - end) * 0.5 * (1 + math.cos(math.pi * at))
+    weights = list(student.parameters())
+    optimizer = torch.optim.AdamW(weights, weight_decay=s.weight_decay, fused=True)
+    stream = data.batches(ds, s.batch, 0, s.seed)
+    steps = itertools.islice(stream, s.steps)
+    skipped = 0  # steps in a row
+    for step, ids, images in data.progress(steps, "DINO", s.steps, "step"):
+        falling = 0.5 * (1 + math.cos(math.pi * step / s.steps))  # half a cosine, from 1 to 0
+        lr = s.lr * min(1.0, 10 * (step + 1) / s.steps) * (0.01 + 0.99 * falling)
+        optimizer.param_groups[0]["lr"] = lr
+        images = images.to(device)
+        rng = data.generator(device, s.seed, step)
+        views = [crops(images, 2, s.global_size, s.global_scale, s.jitter, rng),
+                 crops(images, s.local_crops, s.local_size, s.local_scale, s.jitter, rng)]
+        views = [student.vit.normalise(view) for view in views]
 
-    average = lambda x: torch.distributed.nn.functional.all_reduce(x) / world if world > 1 else x  # differentiable
-
-    bar = progress(desc="DINO", total=s.steps, initial=start, unit="step")
-    for step in range(start, s.steps):
-        began, at = time.monotonic(), step / s.steps
-        for group, decay in zip(optimizer.param_groups, (cosine(*s.weight_decay, at), 0.0)):  # none on biases and norms
-            group["lr"], group["weight_decay"] = s.lr * min(1.0, (step + 1) / (0.1 * s.steps)) * cosine(1, 0.01, at), decay
-        images = get_batch(step).to(device)
-        rows = rank * len(images) + np.arange(len(images))
-        shapes = [(s.global_size, s.global_scale)] * 2 + [(s.local_size, s.local_scale)] * s.local_crops
-        views = [crop(images, *shape, s.jitter, s.seed, step, view, rows) for view, shape in enumerate(shapes)]
-        views = [(torch.cat(part).expand(-1, 3, -1, -1) - mean) / std for part in (views[:2], views[2:]) if part]
-
-        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-            with torch.no_grad():
-                cls = teacher["vit"](views[0])[:, 0]  # (2b, N)
-                out = teacher["head"](cls, average)  # (2b, K)
-                out = out - average(out.mean(0))
-            guesses = torch.cat([student["head"](student["vit"](part)[:, 0], average) for part in views])
-        low, high = s.teacher_temperature
-        target = (out / (low + (high - low) * min(1.0, at / 0.3))).softmax(-1)
-        guesses = (guesses / s.student_temperature).log_softmax(-1).chunk(2 + s.local_crops)  # each (b, K)
-        pairs = [(t, g) for i, t in enumerate(target.chunk(2)) for j, g in enumerate(guesses) if i != j]
-        loss = sum(-(t * g).sum(-1).mean() for t, g in pairs) / len(pairs)  # H(teacher, student) [DINO eq.3]
-
+        with torch.no_grad():
+            cosines, cls = teacher(views[0])  # of the global views alone
+        targets = teacher_targets(cosines, s)
+        loss = dino_loss(targets, torch.cat([student(view)[0] for view in views]), s)
         optimizer.zero_grad()
         loss.backward()
-        if at < s.frozen:
-            student["head"].last.weight.grad = None
-        used = [p for p in parameters if p.grad is not None]
-        if world > 1:
-            flat = average(torch.cat([p.grad.flatten() for p in used]))
-            for p, gradient in zip(used, flat.split([p.numel() for p in used])):
-                p.grad.copy_(gradient.view_as(p))
-        norm = nn.utils.clip_grad_norm_(used, s.clip)
-        optimizer.step()
-        with torch.no_grad():
-            for old, new in zip(teacher.parameters(), student.parameters()):
-                old.lerp_(new, 1 - cosine(s.momentum, 1, at))
-            entropy = -(target * target.clamp_min(1e-12).log()).sum(-1).mean()
-            loss, entropy = average(torch.stack([loss, entropy])).tolist()
-            mean_cls, power = average(cls.float().mean(0)), average(cls.float().square().sum(1).mean())
-            spread = (1 - mean_cls.square().sum() / power).clamp_min(0).sqrt().item()
-        if not math.isfinite(loss):
-            raise UserError(f"DINO's loss became {loss} at step {step + 1}: take a smaller lr than {s.lr}")
-        # Collapse shows as a teacher_entropy of 0 or ln K, or as a feature_spread (deviation / root mean square) of 0.
-        log({"stage": "vit", "step": step + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
-             "teacher_entropy": entropy, "feature_spread": spread,
-             "images_per_s": len(images) * world / (time.monotonic() - began)})
-        bar.set_postfix_str(f"loss {loss:.3f}, entropy {entropy:.2f}, spread {spread:.2f}", refresh=False)
-        bar.update()
-        if should_stop():
-            save(step + 1)
-            return None
-        if (step + 1) % save_every == 0:
-            save(step + 1)
-    bar.close()
-    # CHOICE: the final norm is rescaled so that the tokens' every dimension has mean 0 and deviation 1 over the images. A young
-    # DINO sees all chests as nearly alike, and the UNet would need long to find the little by which its tokens differ.
-    vit = teacher["vit"].eval()
-    with torch.no_grad():
-        cls = torch.cat([vit(vit.prepare(to_model(get_batch(step).to(device))))[:, 0] for step in range(s.steps, s.steps + 16)])
-        centre, power = average(cls.mean(0)), average(cls.square().mean(0))
-        scale = (power - centre**2).clamp(min=1e-8).rsqrt()
-        vit.norm.bias.copy_((vit.norm.bias - centre) * scale)
-        vit.norm.weight.mul_(scale)
-    if rank == 0:
-        partial = folder.with_name(folder.name + ".partial")
-        teacher["vit"].save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)  # whole or absent
-        file.unlink(missing_ok=True)
-    return vit
+        norm = nn.utils.clip_grad_norm_(weights, s.clip)
+        skipped += 1
+        if (loss + norm).isfinite():
+            optimizer.step()
+            with torch.no_grad():  # the teacher follows the student
+                torch._foreach_lerp_(
+                    list(teacher.parameters()), weights, (1 - s.momentum) * falling)
+            skipped = 0
 
-
-def knn_probe(features: Tensor, labels: np.ndarray, patients: list[str], neighbours: int = 20, folds: int = 5) -> dict:
-    """How much frozen features (n, N) know of findings (n, F) bool: {"knn": AUC, "linear": AUC}, means over the findings.
-
-    Cross-validated, no patient on both sides, on standardised features: cosine k-NN and logistic regression. 0.5 is chance.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import GroupKFold
-    features, findings = np.asarray(features, dtype=np.float64).reshape(len(labels), -1), range(labels.shape[1])
-    scores = {name: np.zeros(labels.shape) for name in ("knn", "linear")}
-    for train, test in GroupKFold(folds).split(features, groups=patients):
-        x = (features - features[train].mean(0)) / (features[train].std(0) + 1e-6)
-        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-        scores["knn"][test] = labels[train][np.argsort(-unit[test] @ unit[train].T, axis=1)[:, :neighbours]].mean(1)
-        for f in findings:
-            model = LogisticRegression(C=0.1, max_iter=500).fit(x[train], labels[train, f])
-            scores["linear"][test, f] = model.decision_function(x[test])
-    return {name: float(np.mean([roc_auc_score(labels[:, f], s[:, f]) for f in findings])) for name, s in scores.items()}
+        entropy = torch.special.entr(targets).sum(1).mean()
+        spread = cls.std(0).norm() / cls.square().sum(1).mean().sqrt()
+        log({"stage": "vit", "step": step + 1, "loss": loss.item(), "lr": lr,
+             "grad_norm": norm.item(), "teacher_entropy": entropy.item(),
+             "feature_spread": spread.item(), "skipped": skipped > 0})
+        if skipped >= min(10, s.steps / 2):
+            raise UserError(f"training DINO: loss or gradient was not finite in {skipped} steps in "
+                            f"a row, the last of them step {step + 1} with the images "
+                            f"{[ds.keys[i] for i in ids[:4]]} …; try a smaller lr than {s.lr}")
+    standardise(teacher.vit.eval(), itertools.islice(stream, 16), device)
+    return teacher.vit
 
 
 if __name__ == "__main__":
     with torch.device("meta"):  # shapes without numbers
-        module_table("DINOv1 ViT-B/16: x (1, 3, 224, 224) -> tokens [CLS, patches]", ViT(), torch.empty(1, 3, 224, 224))
-    small = ViT(ViTConfig(image_size=32, patch_size=8, hidden_size=32, depth=2, heads=2, registers=2, pooler=True)).eval()
-    maps, x = [], small.prepare(torch.rand(2, 3, 48, 48) * 2 - 1)
-    tokens = small(x, maps)
-    assert tokens.shape == (2, 1 + 1 + 2 + 16, 32) and small.global_tokens(x).shape == (2, 4, 32)
-    assert torch.allclose(tokens, small(x), atol=1e-5) and all(torch.allclose(m.sum(-1), torch.ones(2, 2, 19)) for m in maps)
-    print("self-check: CLS, pooler, registers and patches are in their places; explicit attention agrees with the fused kernel")
+        data.module_table("DINOv1 ViT-B/16: x (1, 3, 224, 224) -> tokens [CLS, patches]", ViT(),
+                          torch.empty(1, 3, 224, 224))
+    vit = ViT(ViTConfig(image_size=32, patch_size=8, hidden_size=32, depth=2, heads=2, pooler=True))
+    tokens = vit(torch.rand(2, 3, 48, 48))
+    assert tokens.shape == (2, 1 + 1 + 36, 32) and tokens.isfinite().all()
+    print("self-check: CLS, pooler and patches are there")
