@@ -1,35 +1,42 @@
-"""DiNO-Diffusion: a latent diffusion model of chest X-rays, conditioned on the global tokens of a frozen DINO of the image itself.
+"""DiNO-Diffusion: a latent diffusion model of chest X-rays, conditioned on a frozen DINO's tokens.
 
-    python dinodiff.py train                                      the whole thing in miniature, in minutes, nothing downloaded
-    torchrun --nproc_per_node=4 dinodiff.py train                 the same on four processes (GPUs, or cores of one CPU)
-    torchrun --nproc_per_node=4 -- dinodiff.py train --preset paper --data 'shards/*.tar' --run runs/x
-    python dinodiff.py sample --run runs/tiny --images a.png b.png --mode interpolate --out out
-    python dinodiff.py cache --run runs/x --data 'shards/*.tar'   latents and tokens once, for `train --cache`
-    python dinodiff.py bench                                      FLOPs, times and memory of each part on this machine
+    python dinodiff.py train                           the whole thing in miniature, in minutes
+    torchrun --nproc_per_node=4 dinodiff.py train      the same on four processes (GPUs or cores)
+    torchrun --nproc_per_node=4 dinodiff.py train --preset paper --data 'shards/*.tar'
+    python dinodiff.py sample --images a.png b.png --mode interpolate --out out
+    python dinodiff.py bench --preset paper            FLOPs, times and memory of each part
 
-Implements paper 2.2 (latent diffusion), 2.3 (conditioning), 2.5 (training). The symbols, here and in every file:
+Implements paper 2.2 (latent diffusion), 2.3 (conditioning), 2.5 (training). The symbols:
 
-    x   image, pixels in [-1, 1]      (B, 3, H, W)     t          timestep, int in [0, 1000)
-    z0  its scaled latent             (B, 4, h, w)     alpha_bar  share of z0's variance that is left in zt
-    eps Gaussian noise                (B, 4, h, w)     c          condition: tokens of DINO, S of width N   (B, S, N)
-    zt  z0 with noise of step t       (B, 4, h, w)     B, S, N    images in a batch, tokens, token width
+    x   image, pixels in [-1, 1]   (B, 3, H, W)     t          timestep, int in [0, 1000)
+    z0  its scaled latent          (B, 4, h, w)     alpha_bar  share of z0's variance left in zt
+    eps Gaussian noise             (B, 4, h, w)     c          condition: DINO's tokens (B, S, N)
+    zt  z0 with noise of step t    (B, 4, h, w)     B, S, N    images, tokens, width of a token
 
-    x ──► VAE encoder ──► z0 ──► zt = √ᾱ z0 + √(1-ᾱ) eps ──► UNet(zt, t, c) ──► eps_hat      loss: |eps - eps_hat|²
-    x ──► DINO ──► c = [CLS, PLR, REG] (frozen) ──────────────────┘
+    x ─► VAE encoder ─► z0 ─► zt = √ᾱ z0 + √(1-ᾱ) eps ─► UNet(zt, t, c) ─► eps_hat
+    x ─► DINO ─► c = [CLS, PLR, REG] ──────────────────────┘      loss: |eps - eps_hat|²
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
-import hashlib
+import datetime
+import fcntl
+import io
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,110 +44,126 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from data import (UserError, generator, load_state, optimizer_tensors, progress, restore_optimizer, save_state, to_model,
-                  write_json)
+from data import UserError, digest, generator, to_model
 from unet import CROSS, UNet, UNetConfig
 from vae import VAE, VAEConfig, VAESettings, train_vae
 from vit import DinoSettings, ViT, ViTConfig, train_dino
 
-# ---- Noise schedule (paper 2.2) -------------------------------------------------------------------------------------------
+# ---- Noise schedule (paper 2.2) ----------------------------------------------------------------
 
 
 class Schedule:
-    """The `scaled_linear` schedule of Stable Diffusion: √β runs linearly from √0.00085 to √0.012 in 1000 steps."""
+    """`scaled_linear`: √β goes linearly from √0.00085 to √0.012 in 1000 steps [SD1.5]."""
 
     def __init__(self, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012):
         self.T = T
-        self.beta = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2  # β_t
+        root = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64)
+        self.beta = root**2  # β_t
         self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)  # ᾱ_t = Π (1 - β_s), (1000,) float64
+        self.moved = self.alpha_bar  # on the device that it was last used on
 
     def add_noise(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """zt = √ᾱ_t z0 + √(1 - ᾱ_t) eps [DDPM eq.4]; z0 and eps (B, ...), t (B,) int."""
-        alpha_bar = self.alpha_bar.to(z0.device)[t].view(-1, *[1] * (z0.ndim - 1))
+        if self.moved.device != z0.device:
+            self.moved = self.alpha_bar.to(z0.device)
+        alpha_bar = self.moved[t].view(-1, *[1] * (z0.ndim - 1))
         return alpha_bar.sqrt().to(z0.dtype) * z0 + (1 - alpha_bar).sqrt().to(z0.dtype) * eps
 
     def timesteps(self, steps: int) -> list[int]:
-        """`steps` timesteps, descending: 'leading' spacing with offset 1, so that 50 steps are 981, 961, …, 1."""
+        """`steps` timesteps, descending: 'leading' spacing, offset 1; 50 steps: 981, 961, …, 1."""
         if not 1 <= steps <= self.T:
             raise UserError(f"found {steps} sampling steps, expected 1 to {self.T}")
         stride = self.T // steps
-        return [i * stride + (stride > 1) for i in reversed(range(steps))]  # with all T steps there is no room for the offset
+        offset = 1 if stride > 1 else 0  # with all T steps there is no room for it
+        return [i * stride + offset for i in reversed(range(steps))]
 
 
-# ---- Samplers -------------------------------------------------------------------------------------------------------------
+# ---- Samplers ----------------------------------------------------------------------------------
+
+Generators = torch.Generator | list[torch.Generator] | None
 
 
-def _randn(like: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-    """Noise of the shape of `like`, from one generator or from one a row."""
-    draw = lambda shape, g: torch.randn(shape, generator=g, device=g.device if g else like.device, dtype=like.dtype).to(like.device)
-    return torch.stack([draw(like.shape[1:], g) for g in generator]) if isinstance(generator, list) else draw(like.shape, generator)
+def normal_like(like: Tensor, generator: Generators) -> Tensor:
+    """N(0, 1) of the shape of `like`, from one generator or from a list of one a row."""
+    if isinstance(generator, list):
+        return torch.stack([normal_like(row, g) for row, g in zip(like, generator)])
+    device = generator.device if generator else like.device
+    noise = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype)
+    return noise.to(like.device)
 
 
 @torch.no_grad()
-def ddim_sample(model: Callable[[Tensor, Tensor], Tensor], zT: Tensor, steps: int, schedule: Schedule, eta: float = 0.0,
-                generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+def ddim_sample(model: Callable[[Tensor, Tensor], Tensor], zT: Tensor, steps: int,
+                schedule: Schedule, eta: float = 0.0, generator: Generators = None) -> Tensor:
     """DDIM [Song et al. 2021, eq.12]: zT ~ N(0, 1) (B, 4, h, w) -> z0. model(zt, t (B,)) -> eps.
 
-    eta 0 is deterministic, 1 has DDPM's variance. A list of generators gives each row noise of its own.
+    eta 0 is deterministic, 1 has DDPM's variance. A list of generators gives each row its noise.
     """
     zt = zT
     for t in schedule.timesteps(steps):
-        previous = t - schedule.T // steps
         a = float(schedule.alpha_bar[t])
-        a_prev = float(schedule.alpha_bar[max(previous, 0)])  # TRAP: the last step goes to ᾱ_0 = 0.99915, never to ᾱ = 1
+        # TRAP: the last step goes to ᾱ_0 = 0.99915, never to ᾱ = 1
+        a_prev = float(schedule.alpha_bar[max(t - schedule.T // steps, 0)])
         eps = model(zt, torch.full((len(zt),), t, device=zt.device))
         z0 = (zt - (1 - a) ** 0.5 * eps) / a**0.5  # TRAP: not clipped; latents are no pixels
         sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5  # [DDIM eq.16]
         zt = a_prev**0.5 * z0 + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * eps
         if sigma > 0:
-            zt = zt + sigma * _randn(zt, generator)
+            zt = zt + sigma * normal_like(zt, generator)
     return zt
 
 
 @torch.no_grad()
 def ddpm_sample(model: Callable[[Tensor, Tensor], Tensor], zT: Tensor, schedule: Schedule,
-                generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
-    """Ancestral sampling through all T steps [DDPM algorithm 2, with the variance β̃ of eq.7]: zT -> z0."""
+                generator: Generators = None) -> Tensor:
+    """Ancestral sampling, all T steps [DDPM algorithm 2, variance β̃ of eq.7]: zT -> z0."""
     zt = zT
     for t in reversed(range(schedule.T)):
-        a, beta = float(schedule.alpha_bar[t]), float(schedule.beta[t])
+        a = float(schedule.alpha_bar[t])
+        beta = float(schedule.beta[t])
         a_prev = float(schedule.alpha_bar[t - 1]) if t > 0 else 1.0
         eps = model(zt, torch.full((len(zt),), t, device=zt.device))
         z0 = (zt - (1 - a) ** 0.5 * eps) / a**0.5
-        zt = a_prev**0.5 * beta / (1 - a) * z0 + (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a) * zt  # posterior mean [DDPM eq.7]
+        zt = (a_prev**0.5 * beta / (1 - a) * z0  # the posterior's mean [DDPM eq.7]
+              + (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a) * zt)
         if t > 0:
-            zt = zt + (beta * (1 - a_prev) / (1 - a)) ** 0.5 * _randn(zt, generator)
+            zt = zt + (beta * (1 - a_prev) / (1 - a)) ** 0.5 * normal_like(zt, generator)
     return zt
 
 
-# ---- 8-bit Adam (paper 2.5; Dettmers et al. 2022) -------------------------------------------------------------------------
+# ---- 8-bit Adam (paper 2.5; Dettmers et al. 2022) ----------------------------------------------
 
 BLOCK = 256  # elements that share one absolute maximum
+SMALL = 4096  # tensors with fewer elements keep float32 moments
 
 
 def dynamic_code(signed: bool) -> Tensor:
-    """The 256 values in [-1, 1] (signed) or [0, 1] that an 8-bit state can take: dense near zero, seven decades wide.
+    """The 256 values in [-1, 1] (signed) or [0, 1] that an 8-bit state can take.
 
-    Decade 10^(i-6)…10^(i-5), i = 0…6, is cut into 2^i (signed, for each sign) or 2^(i+1) parts. Their midpoints, 0 and 1 are it.
+    Dense near zero, seven decades wide: decade 10^(i-6)…10^(i-5), i = 0…6, is cut into 2^i parts
+    (signed, for each sign) or 2^(i+1). Their midpoints, 0 and 1 are the code.
     """
     values = [0.0, 1.0]
     for i in range(7):
         edges = np.linspace(0.1, 1.0, 2 ** (i if signed else i + 1) + 1)
         middles = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
-        values += [*middles, *-middles] if signed else [*middles]
+        values.extend(middles)
+        if signed:
+            values.extend(-middles)
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
 def quantize(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """x float32 -> uint8 (blocks, 256) positions of the nearest code, absolute maxima (blocks, 1); the tail is padded with 0."""
-    blocks = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    """x float32 -> uint8 (blocks, 256) positions of the nearest code, maxima (blocks, 1)."""
+    blocks = nn.functional.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(dim=1, keepdim=True)
     middles = (code[1:] + code[:-1]) / 2
-    return torch.bucketize(blocks / largest.clamp(min=1e-38), middles).to(torch.uint8), largest
+    positions = torch.bucketize(blocks / largest.clamp(min=1e-38), middles)
+    return positions.to(torch.uint8), largest
 
 
 def dequantize(q: Tensor, largest: Tensor, code: Tensor, like: Tensor) -> Tensor:
@@ -148,13 +171,38 @@ def dequantize(q: Tensor, largest: Tensor, code: Tensor, like: Tensor) -> Tensor
     return (code[q.int()] * largest).flatten()[: like.numel()].view_as(like)
 
 
-class Adam8bit(torch.optim.Optimizer):
-    """AdamW whose two moments take one byte an element. Tensors under 4096 elements keep float32 moments."""
+def adam_(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Tensor) -> None:
+    """One AdamW step in place. rates: 1 - β1, 1 - β2, step size, eps, 1 - lr * decay."""
+    m.copy_(m + (grad - m) * rates[0])
+    v.copy_(v + (grad * grad - v) * rates[1])
+    p.copy_((p - rates[2] * m / (v.sqrt() + rates[3])) * rates[4])  # decoupled decay, last
 
-    def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 1e-2):
+
+def adam8bit_(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Tensor, m_max: Tensor,
+              v_max: Tensor, signed: Tensor, unsigned: Tensor) -> None:
+    """The same on moments of a byte; the step uses them before they are rounded again."""
+    wide_m = dequantize(m, m_max, signed, grad)
+    wide_v = dequantize(v, v_max, unsigned, grad)
+    adam_(p, grad, wide_m, wide_v, rates)
+    for code, wide, q, largest in ((signed, wide_m, m, m_max), (unsigned, wide_v, v, v_max)):
+        positions, maxima = quantize(wide, code)
+        q.copy_(positions)
+        largest.copy_(maxima)
+
+
+class Adam8bit(torch.optim.Optimizer):
+    """AdamW whose two moments take one byte an element, but for tensors under `SMALL` elements.
+
+    On CUDA the step of a tensor is one compiled graph: one to three kernels and about 20 bytes of
+    traffic a parameter; its operations one by one would be 20 kernels and 250 bytes. Without the
+    compiler it needs, for a moment, some ten float32 copies of the largest tensor.
+    """
+
+    def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 1e-2):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.codes = {}  # device -> signed code for m, unsigned code for v
+        self.rules = (adam_, adam8bit_)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -165,38 +213,57 @@ class Adam8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, p.grad.float(), self.state[p], **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")})
+                    self.update(p, self.state[p], group)
         return loss
 
-    def _update(self, p: Tensor, grad: Tensor, state: dict, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
-        signed, unsigned = self.codes.setdefault(p.device, (dynamic_code(True).to(p.device), dynamic_code(False).to(p.device)))
-        is_small = p.numel() < 4096
+    def update(self, p: Tensor, state: dict, group: dict) -> None:
+        if p.device not in self.codes:
+            self.codes[p.device] = [dynamic_code(sign).to(p.device) for sign in (True, False)]
+            if p.is_cuda:
+                self.rules = [torch.compile(rule, dynamic=True) for rule in self.rules]
         if not state:
             state["step"] = torch.zeros(())
-            m, v = torch.zeros_like(grad), torch.zeros_like(grad)
-        elif is_small:
-            m, v = state["m"], state["v"]
-        else:
-            m, v = dequantize(state["m"], state["m_max"], signed, grad), dequantize(state["v"], state["v_max"], unsigned, grad)
+            for name, code in zip("mv", self.codes[p.device]):
+                state[name] = torch.zeros_like(p, dtype=torch.float32)
+                if p.numel() >= SMALL:
+                    state[name], state[f"{name}_max"] = quantize(state[name], code)
         state["step"] += 1
-        k, (beta1, beta2) = int(state["step"]), betas
-        m.lerp_(grad, 1 - beta1)
-        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        # The step uses the moments before they are rounded again; eps is scaled so that it acts on the corrected √v.
-        correction = (1 - beta2**k) ** 0.5
-        p.add_(m / (v.sqrt() + correction * eps), alpha=-lr * correction / (1 - beta1**k))
-        p.mul_(1 - lr * weight_decay)  # decoupled weight decay, after the step
-        if is_small:
-            state["m"], state["v"] = m, v
+        # The moments' start at zero is corrected in the step size; eps acts on the corrected √v.
+        beta1, beta2 = group["betas"]
+        correction = (1 - beta2 ** float(state["step"])) ** 0.5
+        size = group["lr"] * correction / (1 - beta1 ** float(state["step"]))
+        decay = 1 - group["lr"] * group["weight_decay"]
+        rates = torch.tensor([1 - beta1, 1 - beta2, size, group["eps"] * correction, decay])
+        common = (p, p.grad.float(), state["m"], state["v"], rates)
+        if p.numel() < SMALL:
+            self.rules[0](*common)
         else:
-            state["m"], state["m_max"] = quantize(m, signed)
-            state["v"], state["v_max"] = quantize(v, unsigned)
+            self.rules[1](*common, state["m_max"], state["v_max"], *self.codes[p.device])
 
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors, `<parameter number>.<name>`."""
+    tensors = {}
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        for name, value in optimizer.state.get(p, {}).items():
+            tensors[f"{i}.{name}"] = value
+    return tensors
 
 
-# ---- Settings and presets (paper 2.5) -------------------------------------------------------------------------------------
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse. TRAP: Optimizer.load_state_dict would turn 8-bit states into float32, and a
+    fused step walks memory: moments must lie in memory as their weights do (channels_last)."""
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        p = optimizer.param_groups[0]["params"][int(number)]
+        is_clock = name == "step" and isinstance(optimizer, Adam8bit)
+        place = value.to("cpu" if is_clock else p.device, copy=True)
+        if value.shape == p.shape:
+            place = torch.empty_like(p, dtype=value.dtype).copy_(value)
+        optimizer.state[p][name] = place
+
+
+# ---- Settings and presets (paper 2.5) ----------------------------------------------------------
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 NOT_A_FLAG = {"flag": False}
@@ -204,96 +271,250 @@ NOT_A_FLAG = {"flag": False}
 
 @dataclass(frozen=True)
 class Train:
-    """Every setting of `train`. The defaults are the preset `tiny`; `--preset` chooses another set of defaults."""
+    """Every setting of `train`. The defaults are the preset `tiny`; --preset chooses others."""
 
     preset: str = "tiny"  # tiny | mini | paper | paper-v2
-    data: str = "phantom"  # phantom, a folder, a quoted glob of tar shards, hf://datasets/OWNER/NAME/GLOB, or pipe:COMMAND {shard}
-    run: str = ""  # run folder; empty: runs/PRESET. An existing one is resumed
+    data: str = "phantom"  # phantom, a folder, a zip, a quoted glob of shards, hf://…, pipe:…
+    run_dir: str = ""  # run folder; empty: runs/PRESET. An existing one is resumed
     size: int = 64  # pixels, square
-    steps: int = 600  # optimizer steps of the UNet
+    steps: int = 2000  # optimizer steps of the UNet
     batch: int = 16  # images a step, over all ranks and micro-batches
-    micro_batch: int = 0  # images of one rank in one pass; 0: as many as the batch gives it, 64 at most
+    micro_batch: int = 0  # images of one rank in one pass; 0: all of its share, 64 at most
     lr: float = 2e-3  # constant after the warm-up
     warmup: int = 50  # steps of linear warm-up
     optimizer: str = "adamw"  # adamw | adam8bit
-    weight_decay: float = 1e-2  # decoupled. CHOICE: what AdamW and the diffusers script use; the paper names none
-    clip: float = 1.0  # largest norm of the gradient. CHOICE: the diffusers script's
-    ema: float = 0.99  # decay of the average of weights that samples are drawn from; 0: none
-    tokens: str = "global"  # global: c_GLB, the paper's method; all: patch tokens too, its appendix A.1
+    weight_decay: float = 1e-2  # decoupled. CHOICE: AdamW's and the diffusers script's; not named
+    clip: float = 1.0  # largest norm of the gradient; 0: none. CHOICE: the diffusers script's
+    ema: float = 0.995  # decay of the average of weights that samples are drawn from; 0: none
+    tokens: str = "global"  # global: c_GLB, the paper's method; all: patch tokens too (A.1)
+    views: int = 2  # augmented views of each image encoded once; 0: encode at every step
     init: str = ""  # UNet to start from: sd15, a folder, a file or a hub id; empty: from scratch
-    vae: str = ""  # folder, file or hub id of a trained VAE (`hub id:subfolder`); empty: train one first
+    vae: str = ""  # folder, file or hub id (`id:subfolder`) of a VAE; empty: train one first
     vit: str = ""  # the same for DINO
     vae_steps: int = 800  # of the VAE's training, where one is trained
     vit_steps: int = 250  # of DINO's
-    cache: str = ""  # folder that `dinodiff.py cache` wrote: train on stored latents and tokens
     augment: bool = True  # random sharpening and affine maps (paper 2.5)
     seed: int = 0
-    checkpoint_every: int = 100  # steps
-    sample_every: int = 200  # steps between sample grids
+    checkpoint_every: int = 400  # steps
+    keep: int = 0  # newest checkpoints that are kept; 0: all
+    sample_every: int = 1000  # steps between sample grids
     gradient_checkpointing: bool = False  # less memory, a third more time
     device: str = "auto"  # auto | cpu | cuda
-    dtype: str = "fp32"  # fp32 | bf16 (autocast; weights, gradients and moments stay float32)
+    dtype: str = "fp32"  # fp32 | bf16 (autocast; weights, gradients, moments stay float32)
     compile: bool = True  # torch.compile, on CUDA only
     workers: int = 0  # processes a rank that read images; 0: the training process itself
     cache_gb: float = 20.0  # local room for shards of a remote --data
     offline: bool = False  # never ask the hub, use its cache alone
     unet_config: UNetConfig = field(default_factory=lambda: UNetConfig(
-        block_out_channels=(48, 96), layers_per_block=1, cross_attention_dim=128, attention_head_dim=2, norm_num_groups=16,
-        down_block_types=(CROSS, CROSS), sample_size=16), metadata=NOT_A_FLAG)
+        block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=128,
+        attention_head_dim=2, norm_num_groups=8, down_block_types=(CROSS, CROSS),
+        sample_size=16), metadata=NOT_A_FLAG)
     vae_config: VAEConfig = field(default_factory=lambda: VAEConfig(
-        block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=64), metadata=NOT_A_FLAG)
+        block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
+        sample_size=64), metadata=NOT_A_FLAG)
     vae_settings: VAESettings = field(default_factory=VAESettings, metadata=NOT_A_FLAG)
     vit_config: ViTConfig = field(default_factory=lambda: ViTConfig(
-        image_size=64, patch_size=8, hidden_size=128, depth=4, heads=4, mlp_ratio=2.0), metadata=NOT_A_FLAG)
+        image_size=64, patch_size=8, hidden_size=128, depth=4, heads=4, mlp_ratio=2.0),
+        metadata=NOT_A_FLAG)
     dino_settings: DinoSettings = field(default_factory=DinoSettings, metadata=NOT_A_FLAG)
 
 
 TINY = Train()
 
 MINI = Train(
-    preset="mini", data="", size=256, steps=8000, batch=64, lr=4e-4, warmup=500, optimizer="adam8bit", ema=0.999, vae_steps=6000,
-    vit_steps=4000, checkpoint_every=2000, sample_every=1000, dtype="bf16", workers=8,
-    unet_config=UNetConfig(block_out_channels=(96, 192, 256), layers_per_block=1, cross_attention_dim=256, attention_head_dim=8,
-                           down_block_types=(CROSS, CROSS, CROSS), sample_size=32),
-    vae_config=VAEConfig(block_out_channels=(32, 64, 96, 128), layers_per_block=1, sample_size=256),
+    preset="mini", data="", size=256, steps=8000, batch=64, lr=4e-4, warmup=500,
+    optimizer="adam8bit", ema=0.999, vae_steps=6000, vit_steps=4000, views=0,
+    checkpoint_every=2000, sample_every=1000, dtype="bf16", workers=8,
+    unet_config=UNetConfig(
+        block_out_channels=(96, 192, 256), layers_per_block=1, cross_attention_dim=256,
+        attention_head_dim=8, down_block_types=(CROSS, CROSS, CROSS), sample_size=32),
+    vae_config=VAEConfig(block_out_channels=(32, 64, 96, 128), layers_per_block=1,
+                         sample_size=256),
     vae_settings=VAESettings(batch=16, crop=128, lr=1e-3),
     vit_config=ViTConfig(image_size=256, patch_size=16, hidden_size=256, depth=6, heads=4),
-    dino_settings=DinoSettings(batch=64, lr=5e-4, momentum=0.99, out_dim=1024, head_hidden=1024, head_bottleneck=128, global_size=224,
-                               local_size=96, local_crops=4))
+    dino_settings=DinoSettings(
+        batch=64, lr=5e-4, momentum=0.99, out_dim=1024, head_hidden=1024, head_bottleneck=128,
+        global_size=224, local_size=96, local_crops=4))
 
-# CHOICE: 868,394 images / 512 = 1,696 steps an epoch, so 100 epochs are 169,600 steps; the paper says ~140,000, which we take.
+# CHOICE: 868,394 images / 512 = 1,696 steps an epoch, so 100 epochs are 169,600 steps; the paper
+# says ~140,000, which we take.
 PAPER = Train(
-    preset="paper", data="", size=512, steps=140_000, batch=512, micro_batch=64, lr=1e-4, warmup=1000, optimizer="adam8bit", ema=0.0,
-    vae=SD15 + ":vae", vit="facebook/dino-vitb16", checkpoint_every=2500, sample_every=2500, dtype="bf16", workers=8,
+    preset="paper", data="", size=512, steps=140_000, batch=512, micro_batch=64, lr=1e-4,
+    warmup=1000, optimizer="adam8bit", ema=0.0, vae=SD15 + ":vae", vit="facebook/dino-vitb16",
+    views=0, checkpoint_every=2500, sample_every=2500, dtype="bf16", workers=8,
     unet_config=UNetConfig(), vae_config=VAEConfig())
 
-PAPER_V2 = dataclasses.replace(PAPER, preset="paper-v2", vit="timm/vit_base_patch14_reg4_dinov2.lvd142m")
+# Five condition tokens instead of one: 64 images a pass would fill 76 of 80 GB.
+PAPER_V2 = dataclasses.replace(PAPER, preset="paper-v2", micro_batch=32,
+                               vit="timm/vit_base_patch14_reg4_dinov2.lvd142m")
 
-PRESETS = {p.preset: p for p in (TINY, MINI, PAPER, PAPER_V2)}
+PRESETS = {preset.preset: preset for preset in (TINY, MINI, PAPER, PAPER_V2)}
 
 
-def preset_defaults(argv: list[str]) -> Train:
-    """The preset that the command line names, whose values are then the defaults of every other flag."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default="tiny")
-    name = parser.parse_known_args(argv)[0].preset
+def find_preset(name: str) -> Train:
     if name not in PRESETS:
         raise UserError(f"found --preset {name!r}, expected one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
-# ---- A run folder ---------------------------------------------------------------------------------------------------------
+def preset_defaults(argv: list[str]) -> Train:
+    """The preset that the command line names, whose values are the defaults of its other flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="tiny")
+    return find_preset(parser.parse_known_args(argv)[0].preset)
+
+
+CHOICES = {"optimizer": ("adamw", "adam8bit"), "dtype": ("fp32", "bf16"),
+           "tokens": ("global", "all")}
+POSITIVE = ("steps", "batch", "lr", "vae_steps", "vit_steps", "checkpoint_every", "sample_every")
+
+
+def check_settings(s: Train, world: int) -> None:
+    """Refuse, before any work, what cannot be trained. UserError says what would do."""
+    wrong = []
+    for name, value in vars(s).items():
+        if value not in CHOICES.get(name, [value]):
+            wrong.append(f"--{name} {value!r}, expected {' or '.join(CHOICES[name])}")
+        if isinstance(value, (int, float)) and not (name in POSITIVE) * 1e-30 <= value < math.inf:
+            wrong.append(f"--{name.replace('_', '-')} {value}, expected a finite number "
+                         f"{'above' if name in POSITIVE else 'from'} 0")
+    if s.ema >= 1 or s.size % 8 or not 8 <= s.size <= 4096 or s.seed >= 2**62:
+        wrong.append(f"--size {s.size} --ema {s.ema} --seed {s.seed}, expected a multiple of 8 up "
+                     "to 4096, a decay below 1 and a seed below 2**62")
+    if not s.data:
+        wrong.append("no --data, expected a folder, a quoted glob of tar shards, "
+                     "hf://datasets/OWNER/NAME/GLOB or 'pipe:COMMAND {shard}'")
+    micro = max(min(s.micro_batch, s.batch // world), 1)
+    unit = world * micro
+    if s.batch % unit:
+        below = s.batch // unit * unit
+        wrong.append(f"--batch {s.batch}, which is no multiple of {world} ranks x micro-batch "
+                     f"{micro}; the nearest that are: {max(below, unit)} and {below + unit}")
+    if wrong:
+        raise UserError("found " + "; ".join(wrong))
+
+
+# ---- Ranks: torchrun's processes, which run the same lines -------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: this rank's GPU where there is one, else the CPU."""
+    if name.split(":")[0] not in ("auto", "cpu", "cuda"):
+        raise UserError(f"found --device {name!r}, expected auto, cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"found no CUDA device (torch {torch.__version__}), expected one for "
+                        f"--device {name}; use --device cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device(name if ":" in name else f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+
+
+def start_ranks(device: torch.device) -> tuple[int, int]:
+    """Join torchrun's process group, where there is one -> (rank, number of ranks)."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    is_gpu = device.type == "cuda"
+    if is_gpu:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True  # shapes repeat, so the search for kernels pays
+    if world > 1 and not dist.is_initialized():
+        # Objects and waits travel by gloo on the CPU, gradients by NCCL where there are GPUs. The
+        # timeout is long because the others wait while rank 0 trains a stage or downloads.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if is_gpu else "gloo",
+                                timeout=datetime.timedelta(hours=24),
+                                device_id=device if is_gpu else None)
+    return rank, world
+
+
+def start_core_ranks(batch: int) -> None:
+    """Where one process is to train on a CPU: become rank 0 of one rank a core, one thread each.
+
+    Small nets gain little from a second thread and lose nearly all to its waiting as soon as
+    another program wants the core; ranks that exchange gradients keep three fifths beside it.
+    """
+    count = max(n for n in range(1, min(data.cores(), 8) + 1) if batch % n == 0)
+    if "RANK" in os.environ or count == 1:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                   "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    for rank in range(count - 1, -1, -1):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        if rank:
+            subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.DEVNULL)
+    torch.set_num_threads(1)
+
+
+def train_command(settings: Train) -> None:
+    check_settings(settings, 1)
+    if pick_device(settings.device).type == "cpu":
+        start_core_ranks(settings.batch)
+    train(settings)
+
+
+def on_rank_0(function: Callable):
+    """Rank 0 calls `function` while the others wait -> its result, or its error, on every rank."""
+    outcome = [None, None]
+    if int(os.environ.get("RANK", 0)) == 0:
+        try:
+            outcome[0] = function()
+        except (UserError, OSError) as error:
+            outcome[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def watch_signals() -> list[int]:
+    """A list that Ctrl-C and SIGTERM put their number into: they ask for an orderly end.
+
+    TRAP: a second one must not end at once: torchrun passes SIGTERM on to ranks that have it.
+    """
+    received = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: received.append(number))
+    return received
+
+
+def wait_for(path: Path, seconds: float = 60) -> Path:
+    """`path`, which another machine has just written to a shared folder: it may show up late."""
+    deadline = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return path
+
+
+def share_step(loss: Tensor, norm: Tensor, is_stopping: bool) -> tuple[float, float, bool]:
+    """Mean loss and gradient norm of all ranks, and whether one is asked to stop.
+
+    One collective and one transfer a step: nothing else makes the CPU wait for the GPU.
+    """
+    values = torch.stack([loss, norm, torch.full_like(norm, float(is_stopping))])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values[:2] /= dist.get_world_size()
+    mean_loss, mean_norm, stops = values.tolist()
+    return mean_loss, mean_norm, stops > 0
+
+
+# ---- A run folder ------------------------------------------------------------------------------
 
 
 @dataclass
 class Run:
-    """What `load_run` opens: the three nets, frozen, in eval mode, of one checkpoint."""
+    """What `load_run` opens: the three nets of one checkpoint, frozen and in eval mode."""
 
     folder: Path
     config: dict  # config.json: every setting of the training
     size: int  # pixels
     step: int
-    unet: UNet
+    unet: UNet  # while it is trained: the moving average of its weights
     vae: VAE
     vit: ViT
     schedule: Schedule
@@ -304,9 +525,13 @@ class Run:
         return checkpoint_steps(self.folder)
 
 
+STEP_FOLDER = "step-" + "[0-9]" * 7  # of checkpoints/, as a glob
+
+
 def checkpoint_steps(folder) -> list[int]:
-    """Steps of the whole checkpoints of a run, ascending."""
-    return sorted(int(p.name[5:]) for p in Path(folder, "checkpoints").glob("step-*") if (p / "progress.json").is_file())
+    """Steps of the checkpoints of a run, ascending."""
+    found = Path(folder, "checkpoints").glob(f"{STEP_FOLDER}/progress.json")
+    return sorted(int(path.parent.name[5:]) for path in found)
 
 
 def checkpoint_folder(folder, step: int) -> Path:
@@ -314,564 +539,796 @@ def checkpoint_folder(folder, step: int) -> Path:
 
 
 def newest_run(root="runs") -> Path:
-    """The run folder whose log or configuration changed last."""
-    runs = [p.parent for p in Path(root).glob("*/config.json")]
-    if not runs:
-        raise UserError(f"no run under {Path(root).resolve()}; make one with `python dinodiff.py train`, or name one with --run")
-    return max(runs, key=lambda p: max(f.stat().st_mtime for f in (p / "config.json", p / "log.jsonl") if f.is_file()))
+    """The run folder whose training was started last."""
+    configs = list(Path(root).glob("*/config.json"))
+    if not configs:
+        raise UserError(f"no run under {Path(root).resolve()}; make one with "
+                        "`python dinodiff.py train`, or name one with --run-dir")
+    return max(configs, key=lambda path: path.stat().st_mtime).parent
+
+
+def read_config(folder) -> dict:
+    """config.json of a run, whose values have the types of `Train`; UserError names what is odd."""
+    path = Path(folder, "config.json")
+    if not path.is_file():
+        raise UserError(f"{folder} is no run folder (it has no config.json); make one with "
+                        f"`python dinodiff.py train --run-dir {folder}`")
+    config = data.read_json(path)
+    for name, default in (dataclasses.asdict(TINY) | {"stages": {}}).items():
+        value = config.get(name, {} if name == "stages" else None)
+        kinds = (int, float) if type(default) is float else (type(default),)
+        is_sound = type(value) in kinds and value in CHOICES.get(name, [value])
+        if not is_sound or (name == "size" and not 8 <= value <= 4096):
+            raise UserError(f"{path}: {name} is {value!r}, expected something like {default!r}; "
+                            "the file is damaged or of another version")
+    return config
+
+
+def best_step(folder) -> int | None:
+    """The step in best.json, which `evaluate.py fid --checkpoints all` writes; None without it."""
+    path = Path(folder, "best.json")
+    return data.read_json(path).get("step") if path.is_file() else None
 
 
 def load_run(folder, step: int | str | None = None, device="cpu") -> Run:
-    """Open a run at `step` (None: the newest checkpoint; "best": the one in best.json); UserError says what is missing."""
-    folder, device = Path(folder), pick_device(str(device))
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no run folder (it has no config.json); make one with `python dinodiff.py train --run {folder}`")
-    config, steps = json.loads((folder / "config.json").read_text()), checkpoint_steps(folder)
+    """Open a run at `step` (None: the newest checkpoint; "best": best.json's).
+
+    UserError says what is missing or damaged. Nothing that config.json names is opened or run.
+    """
+    folder = Path(folder)
+    device = pick_device(str(device))
+    config = read_config(folder)
+    steps = checkpoint_steps(folder)
     if not steps:
-        raise UserError(f"{folder} has no checkpoint yet; let `python dinodiff.py train --run {folder}` reach one")
-    if step == "best":
-        if not (folder / "best.json").is_file():
-            raise UserError(f"{folder} has no best.json; make it with `python evaluate.py fid --checkpoints all --run {folder}`")
-        step = json.loads((folder / "best.json").read_text())["step"]
-    step = steps[-1] if step is None else int(step)
-    if step not in steps:
-        raise UserError(f"{folder} has no checkpoint at step {step}; it has {steps}")
-    place = checkpoint_folder(folder, step)
-    nets = [UNet.from_pretrained(place / ("ema" if (place / "ema").is_dir() else "unet")),
+        raise UserError(f"{folder} has no checkpoint yet; let `python dinodiff.py train --run-dir "
+                        f"{folder}` reach one")
+    wanted = best_step(folder) if step == "best" else step
+    wanted = str(steps[-1] if step is None else wanted)
+    if not wanted.isdecimal() or int(wanted) not in steps:
+        raise UserError(f"{folder} has no checkpoint {step!r}: it has the steps {steps}, and best "
+                        "once `python evaluate.py fid --checkpoints all` has written best.json")
+    place = checkpoint_folder(folder, int(wanted))
+    average = place / "ema"
+    nets = [UNet.from_pretrained(average if average.is_dir() else place / "unet"),
             VAE.from_pretrained(folder / "vae"), ViT.from_pretrained(folder / "vit")]
-    unet, vae, vit = (net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False) for net in nets)
-    return Run(folder, config, config["size"], step, unet, vae, vit, Schedule(), device)
+    for net in nets:
+        freeze(net, device)
+        if device.type == "cuda" and config["dtype"] == "bf16":
+            cast_products(net)
+    return Run(folder, config, config["size"], int(wanted), *nets, Schedule(), device)
 
 
-def pick_device(name: str) -> torch.device:
-    """auto: this rank's GPU where there is one, else the CPU."""
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"found no CUDA device (torch {torch.__version__}), expected one for --device {name}; use --device cpu or auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}") if name == "cuda" else torch.device(name)
+def freeze(net: nn.Module, device: torch.device) -> nn.Module:
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def cast_products(net: nn.Module) -> None:
+    """Weights of products and convolutions to bf16, once; autocast would at every call.
+
+    TRAP: autocast remembers its casts of weights that are trained, but not of frozen ones.
+    """
+    for module in net.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16)
 
 
 def autocast(device: torch.device, dtype: str):
-    """bf16: matrix products and convolutions in bfloat16 over float32 weights; fp32: nothing."""
+    """bf16: products and convolutions in bfloat16 over float32 weights; fp32: nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
-# ╔══ The paper's idea (2.3) ═════════════════════════════════════════════════════════════════════════════════════════════════╗
-# ║ Where Stable Diffusion has `c = text_encoder(caption)`, this has `c = DINO(image)`: no caption, no label.                 ║
+# ╔══ The paper's idea (2.3) ════════════════════════════════════════════════════════════════════╗
+# ║ Stable Diffusion has c = text_encoder(caption); this has c = DINO(image): no label, no text. ║
 def condition(vit: ViT, x: Tensor, tokens: str = "global") -> Tensor:
-    """x (B, 3, H, W) in [-1, 1] -> c (B, S, N): c_GLB = [CLS, PLR, REG], or all tokens with the patches' (appendix A.1)."""
+    """x (B, 3, H, W) in [-1, 1] -> c (B, S, N): c_GLB = [CLS, PLR, REG], or all tokens (A.1)."""
     return vit.global_tokens(vit.prepare(x)) if tokens == "global" else vit(vit.prepare(x))
-# ╚═══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
 
 
 @torch.no_grad()
 def encode_tokens(run: Run, images: Tensor) -> Tensor:
-    """images uint8 (B, size, size) -> the run's condition c (B, S, N)."""
+    """images uint8 (B, size, size) -> the run's condition c (B, S, N) float32 on its device."""
     with autocast(run.device, run.config["dtype"]):
         return condition(run.vit, to_model(images.to(run.device)), run.config["tokens"]).float()
 
 
 @torch.no_grad()
-def generate(run: Run, c: Tensor, seeds: list[int], steps: int = 50, eta: float = 0.0) -> Tensor:
-    """c (B, S, N), a seed an image -> uint8 (B, size, size) on the CPU. Row i is a function of c[i] and seeds[i] alone."""
-    side = run.size // run.vae.config.factor
-    generators = [generator("cpu", seed, 7) for seed in seeds]  # on the CPU: the same noise on every device
-    zT = torch.stack([torch.randn((run.unet.config.in_channels, side, side), generator=g) for g in generators])
-    c, zT = c.to(run.device), zT.to(run.device, memory_format=torch.channels_last)
+def encode_latents(run: Run, images: Tensor) -> Tensor:
+    """images uint8 (B, size, size) -> z0 (B, 4, h, w) float32: the posterior's mean, scaled."""
     with autocast(run.device, run.config["dtype"]):
-        z0 = ddim_sample(lambda zt, t: run.unet(zt, t, c).float(), zT, steps, run.schedule, eta, generators)  # CHOICE: DDIM, 50 steps
+        mean, _ = run.vae.encode(to_model(images.to(run.device)))
+    return mean.float() * run.vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(run: Run, z0: Tensor) -> Tensor:
+    """z0 (B, 4, h, w), scaled -> uint8 (B, size, size) on the CPU."""
+    with autocast(run.device, run.config["dtype"]):
         return data.to_uint8(run.vae.decode(z0 / run.vae.config.scaling_factor).float()).cpu()
 
 
-# ---- Training (paper 2.5) -------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def generate(run: Run, c: Tensor, seeds: list[int], steps: int = 50, eta: float = 0.0) -> Tensor:
+    """c (B, S, N), a seed an image -> uint8 (B, size, size) on the CPU.
 
-MAY_CHANGE = ("run", "steps", "micro_batch", "checkpoint_every", "sample_every", "device", "compile", "workers", "cache_gb", "offline",
-              "gradient_checkpointing")  # settings with which a run may be resumed though it began with others
+    Row i is a function of c[i] and seeds[i] alone. CHOICE: DDIM; the paper names no sampler.
+    """
+    side = run.size // run.vae.config.factor
+    shape = (run.unet.config.in_channels, side, side)
+    generators = [generator("cpu", seed, 7) for seed in seeds]  # the same noise on every device
+    zT = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    zT = zT.to(run.device, memory_format=torch.channels_last)
+    c = c.to(run.device)
+
+    def predict_noise(zt: Tensor, t: Tensor) -> Tensor:
+        with autocast(run.device, run.config["dtype"]):
+            return run.unet(zt, t, c).float()
+
+    return decode_latents(run, ddim_sample(predict_noise, zT, steps, run.schedule, eta, generators))
 
 
-def check_run(folder: Path, settings: Train) -> None:
-    """Refuse to resume a run that was begun with settings under which it would become another run."""
-    mine, path = json.loads(json.dumps(dataclasses.asdict(settings))), folder / "config.json"
-    if not path.is_file():
-        return
-    theirs = json.loads(path.read_text())
-    other = {k: (theirs.get(k), v) for k, v in mine.items() if k not in MAY_CHANGE and theirs.get(k) != v}
-    if other:
-        lines = "".join(f"\n  {k}: the run has {a!r}, now {b!r}" for k, (a, b) in other.items())
-        raise UserError(f"{folder} holds a run with other settings:{lines}\nTrain under another --run, or give it the settings it began with.")
+# ---- Checkpoints: whole, checked, and the one before where one is damaged ----------------------
+
+HELD = []  # open lock files: a lock lasts until its process ends
 
 
-def save_checkpoint(folder: Path, step: int, unet: UNet, ema: UNet | None, optimizer, info: dict) -> None:
-    """checkpoints/step-N, whole or not at all: written under another name, renamed when everything is on the disk."""
-    place = checkpoint_folder(folder, step)
+def lock_run(folder: Path) -> None:
+    """RUN/.lock: one process writes to a run. TRAP: flock would outlive us in forked workers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise UserError(f"{folder} is being trained by {file.read() or 'another process'}; wait "
+                        "for it or stop it, or take another --run-dir") from None
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+    HELD.append(file)
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """{file below folder: CRC-32 of its bytes}, progress.json left out."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "progress.json":
+            content = np.memmap(path, mode="r") if path.stat().st_size else b""
+            found[path.relative_to(folder).as_posix()] = zlib.crc32(content)
+    return found
+
+
+def save_checkpoint(s: Train, run: Run, unet: UNet, optimizer) -> None:
+    """checkpoints/step-N, whole or absent: written aside, flushed to the disk, then renamed.
+
+    Only then do older ones go: the optimizer of all but the two newest, all of what --keep drops.
+    """
+    place = checkpoint_folder(run.folder, run.step)
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     unet.save_pretrained(partial / "unet")
-    if ema is not None:
-        ema.save_pretrained(partial / "ema")
-    save_state(partial / "optimizer.safetensors", optimizer_tensors(optimizer), info)
-    write_json(partial / "progress.json", info)
+    if s.ema:
+        run.unet.save_pretrained(partial / "ema")
+    data.save_tensors(partial / "optimizer.safetensors", optimizer_tensors(optimizer))
+    data.write_json(partial / "progress.json", {"step": run.step, "files": checksums(partial)})
     shutil.rmtree(place, ignore_errors=True)
     os.replace(partial, place)
-    for older in checkpoint_steps(folder):  # only the newest checkpoint is resumed: the others need no optimizer
-        if older < step:
-            (checkpoint_folder(folder, older) / "optimizer.safetensors").unlink(missing_ok=True)
+    data.sync(place.parent)
+    for age, old in enumerate(reversed(run.checkpoints)):
+        place = checkpoint_folder(run.folder, old)
+        if age >= 2:
+            (place / "optimizer.safetensors").unlink(missing_ok=True)
+        if age >= s.keep > 0 and old != best_step(run.folder):
+            shutil.rmtree(place)
 
 
-class Stop:
-    """Ctrl-C and SIGTERM ask for an orderly end; `agreed` is true on every rank as soon as one was asked."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.asked = device, False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._ask)
-
-    def _ask(self, number, frame):
-        if self.asked:  # a second time: at once
-            signal.default_int_handler(number, frame)
-        self.asked = True
-
-    def agreed(self) -> bool:
-        if not dist.is_initialized():
-            return self.asked
-        flag = torch.tensor(float(self.asked), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
+def checkpoint_damage(place: Path) -> str:
+    """What is wrong with a checkpoint that training is to go on from; "" where it is whole."""
+    try:
+        return damage(place, data.read_json(place / "progress.json").get("files"))
+    except UserError as error:
+        return str(error)
 
 
-class Log:
-    """log.jsonl, a line a step. Opened for a resumed stage it first drops the lines after `step`, which will be written again."""
-
-    def __init__(self, path: Path, stage: str, step: int, enabled: bool):
-        self.file = None
-        if enabled:
-            rows = []
-            for line in path.read_text().splitlines() if path.is_file() else []:
-                with contextlib.suppress(json.JSONDecodeError):  # a line cut by a kill
-                    row = json.loads(line)
-                    if row["stage"] != stage or row["step"] <= step:
-                        rows.append(line + "\n")
-            data.write_file(path, "".join(rows))
-            self.file = open(path, "a", buffering=1)
-
-    def __call__(self, row: dict) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
+def damage(folder: Path, expected) -> str:
+    """What of the files {name: CRC-32} is missing or changed in a folder; "" where nothing is."""
+    found = checksums(folder)
+    if not isinstance(expected, dict):
+        return f"the record of its files is {expected!r}"
+    wrong = [name for name, value in expected.items() if found.get(name) != value]
+    return f"{', '.join(wrong)} missing, cut or changed" if wrong else ""
 
 
-def train(settings: Train) -> None:
-    """Stage 1 and 2 where the run has no VAE and no DINO: train them. Stage 3: the UNet. Each goes on where it was stopped."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    device = pick_device(settings.device)
-    if settings.batch % world or (settings.micro_batch and settings.batch // world % settings.micro_batch):
-        share = f"{world} ranks" + (f" x micro-batch {settings.micro_batch}" if settings.micro_batch else "")
-        unit = world * max(settings.micro_batch, 1)
-        raise UserError(f"--batch {settings.batch} (over all ranks) is no multiple of {share}; the nearest that are: "
-                        f"{max(unit, settings.batch // unit * unit)} and {(settings.batch // unit + 1) * unit}")
-    for flag, value, known in (("optimizer", settings.optimizer, OPTIMIZERS), ("dtype", settings.dtype, ("fp32", "bf16")),
-                               ("tokens", settings.tokens, ("global", "all"))):
-        if value not in known:
-            raise UserError(f"found --{flag} {value!r}, expected one of {', '.join(known)}")
-    share = settings.batch // world
-    micro = settings.micro_batch or max(m for m in range(1, min(share, 64) + 1) if share % m == 0)
-    if not settings.data:
-        raise UserError(f"preset {settings.preset} needs --data: a folder, a quoted glob of tar shards, hf://… or pipe:…")
-    folder = Path(settings.run or f"runs/{settings.preset}")
-    check_run(folder, settings)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    images = data.open_data(settings.data, settings.size, seed=settings.seed, offline=settings.offline, cache_gb=settings.cache_gb)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    stop, is_main = Stop(device), rank == 0
-    say = print if is_main else lambda *_, **__: None
-    say(f"{folder}: preset {settings.preset}, {len(images):,} images of {settings.data}, {settings.size} px, {world} x {device}, "
-        f"batch {settings.batch} = {world} ranks x {share // micro} passes x {micro}", flush=True)
-    if is_main:
-        for leftover in folder.glob("checkpoints/.*.partial"):
-            shutil.rmtree(leftover)
-        write_json(folder / "config.json", dataclasses.asdict(settings))
+def newest_whole_checkpoint(folder: Path) -> int:
+    """The step that training goes on from, 0 for none. A damaged checkpoint is named, put aside.
 
-    vae = _stage(folder / "vae", VAE, settings.vae, settings, images, stop, device, rank, world)
-    vit = _stage(folder / "vit", ViT, settings.vit, settings, images, stop, device, rank, world) if vae else None
-    if vit is None:
-        say(f"stopped; the same command goes on from here ({folder})")
-        return _leave(world)
-
-    # Stage 3. Everything below runs on each rank alike; what must be the same everywhere is a function of (seed, step).
-    torch.manual_seed(settings.seed)
-    config = dataclasses.replace(settings.unet_config, cross_attention_dim=vit.config.hidden_size)
-    done = checkpoint_steps(folder)
-    start, place = (done[-1], checkpoint_folder(folder, done[-1])) if done else (0, None)
-    if place:
-        unet = UNet.from_pretrained(place / "unet")
-    elif settings.init:
-        unet = _pretrained(UNet, f"{SD15}:unet" if settings.init == "sd15" else settings.init, settings.offline)
-    else:
-        unet = from_scratch(config)
-    unet.to(device, memory_format=torch.channels_last)
-    if unet.config.cross_attention_dim != vit.config.hidden_size:
-        raise UserError(f"the UNet takes tokens of width {unet.config.cross_attention_dim}, this DINO gives {vit.config.hidden_size}")
-    unet.gradient_checkpointing = settings.gradient_checkpointing
-    ema = None
-    if settings.ema:
-        ema = UNet(unet.config).to(device, memory_format=torch.channels_last).requires_grad_(False)
-        ema.load_state_dict(UNet.from_pretrained(place / "ema").state_dict() if place else unet.state_dict())
-    optimizer = OPTIMIZERS[settings.optimizer](unet.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-8,
-                                               weight_decay=settings.weight_decay)
-    if place:
-        restore_optimizer(optimizer, load_state(place / "optimizer.safetensors")[0])
-        say(f"resuming at step {start}")
-    if settings.compile and device.type == "cuda":
-        unet.compile()  # in place: the names of the weights stay what they are
-        vae.encoder.compile()
-    model = DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
-    schedule, log = Schedule(), Log(folder / "log.jsonl", "unet", start, is_main)
-    latents = LatentCache(settings.cache, settings, images, vae, vit) if settings.cache else None
-    batches = data.batches(images, settings.batch, start, settings.seed, rank, world, micro, settings.workers,
-                           with_images=latents is None)
-    side = settings.size // vae.config.factor
-    shape = (settings.batch, unet.config.in_channels, side, side)
-    bar = progress(desc="UNet", total=settings.steps, initial=start, unit="step")
-    loss_mean, clock = None, time.perf_counter()
-
-    for step in range(start, settings.steps):
-        # [DDPM algorithm 1, lines 2-4] drawn for the whole global batch, so that any number of ranks sees the same numbers
-        g = generator(device, settings.seed, step, 0)
-        t_all = torch.randint(0, schedule.T, (settings.batch,), generator=g, device=device)
-        eps_all, noise_all = (torch.randn(shape, generator=g, device=device) for _ in range(2))
-        optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, (step + 1) / max(settings.warmup, 1))
-        total = torch.zeros((), device=device)
-
-        for first in range(rank * share, (rank + 1) * share, micro):
-            at_step, ids, pictures = next(batches)
-            assert at_step == step
-            rows = slice(first, first + micro)
-            t, eps, noise = t_all[rows], eps_all[rows], noise_all[rows]
-            with torch.no_grad(), autocast(device, settings.dtype):
-                if latents is None:
-                    x = augmented(pictures.to(device, non_blocking=True), ids.to(device), step, settings)  # (b, 3, H, W)
-                    c = condition(vit, x, settings.tokens).float()  # CHOICE: DINO sees the augmented image, as the VAE does
-                    mean, logvar = vae.encode(x.contiguous(memory_format=torch.channels_last))
-                else:
-                    mean, logvar, c = (y.to(device, non_blocking=True) for y in latents.read(ids.numpy(), step))
-                # CHOICE: z0 is a sample of the posterior, as Stable Diffusion was trained, not its mean
-                z0 = (mean.float() + torch.exp(0.5 * logvar.float()) * noise) * vae.config.scaling_factor
-            zt = schedule.add_noise(z0, eps, t).contiguous(memory_format=torch.channels_last)
-            is_last = first + micro == (rank + 1) * share
-            with contextlib.nullcontext() if is_last or world == 1 else model.no_sync():  # gradients travel once a step
-                with autocast(device, settings.dtype):
-                    eps_hat = model(zt, t, c)
-                loss = (eps - eps_hat.float()).square().mean()  # eq. (1)
-                (loss * micro / share).backward()
-            total += loss.detach() * micro / share
-
-        norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), settings.clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema is not None:
-            decay = min(settings.ema, (step + 1) / (step + 10))  # a short memory at first: the start is random
-            torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
-        if world > 1:
-            dist.all_reduce(total)
-            total /= world
-
-        value, now = total.item(), time.perf_counter()
-        if not np.isfinite(value):
-            raise UserError(f"the loss became {value} at step {step + 1}; lower --lr, now {settings.lr:g} (checkpoints are whole)")
-        log({"stage": "unet", "step": step + 1, "loss": value, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
-             "images_per_s": round(settings.batch / (now - clock), 2)})
-        loss_mean = value if loss_mean is None else 0.95 * loss_mean + 0.05 * value
-        bar.set_postfix_str(f"loss {loss_mean:.4f}, {settings.batch / (now - clock):.1f} images/s", refresh=False)
-        bar.update()
-
-        ends = step + 1 == settings.steps
-        stops = stop.agreed()
-        if is_main and (ends or stops or (step + 1) % settings.checkpoint_every == 0):
-            save_checkpoint(folder, step + 1, unet, ema, optimizer, {"step": step + 1, "loss": value})
-        if is_main and not stops and (ends or (step + 1) % settings.sample_every == 0):
-            frozen = ema if ema is not None else unet
-            run = Run(folder, dataclasses.asdict(settings), settings.size, step + 1, frozen, vae, vit, schedule, device)
-            data.save_png(folder / "samples" / f"step-{step + 1:07d}.png", training_grid(run, images))
-        if stops:
-            break
-        clock = time.perf_counter()  # the time of checkpoints and pictures is not the next step's
-    bar.close()
-    if start >= settings.steps:
-        say(f"{folder} already has its {settings.steps} steps; raise --steps to go on")
-    elif stops and not ends:
-        say(f"stopped at step {step + 1}, saved; the same command goes on from there ({folder})")
-    else:
-        say(f"done: checkpoint {checkpoint_folder(folder, settings.steps)}, grids in {folder / 'samples'}, log {folder / 'log.jsonl'}\n"
-            f"next: python dinodiff.py sample --run {folder}   or   python evaluate.py --run {folder}")
-    _leave(world)
+    UserError where there are checkpoints and none is whole: nothing starts anew over them.
+    """
+    place = folder / "checkpoints"
+    for leftover in place.glob(".*.partial"):
+        shutil.rmtree(leftover)
+    damaged = []
+    for path in sorted(place.glob(STEP_FOLDER), reverse=True)[:2]:  # older ones have no optimizer
+        problem = checkpoint_damage(path)
+        if problem:
+            print(f"{path}: {problem}; trying the one before it", file=sys.stderr)
+            damaged.append(path)
+            continue
+        for old in damaged:
+            aside = old.with_name(f"damaged-{old.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(old, aside)
+        return int(path.name[5:])
+    if damaged:
+        raise UserError(f"{folder}: no checkpoint is whole, so training cannot go on. Bring back a "
+                        f"copy, or remove {place} to train the UNet anew")
+    return 0
 
 
-def _leave(world: int) -> None:
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+# ---- Views: the frozen encoders' work, done once -----------------------------------------------
+
+VIEW_BLOCK = 1024  # images of one file
 
 
-def _pretrained(kind, source: str, offline: bool):
-    """`source` or `source:subfolder` -> a net in float32 of class `kind`."""
-    name, _, subfolder = source.partition(":") if not Path(source).exists() else (source, "", "")
-    return kind.from_pretrained(name, subfolder or None, offline=offline)
+class Views:
+    """What VAE and DINO say of K augmented views of each image: rows [mean, logvar, tokens].
+
+    float16, memory-mapped, VIEW_BLOCK images a file. View k is the image as `augment` changes it
+    at step k, so view 0 is what training online sees at step 0.
+    """
+
+    def __init__(self, run: Run, ds):
+        self.folder = run.folder / "views"
+        self.config = run.config
+        parts = encode_view(run, ds.read([0]), np.zeros(1, int), 0)
+        self.shapes = [part.shape[1:] for part in parts]
+        self.widths = [math.prod(shape) for shape in self.shapes]
+        self.opened = {}
+
+    def path(self, view: int, block: int) -> Path:
+        return self.folder / f"view-{view}-{block:06d}.npy"
+
+    def row(self, view: int, i: int) -> np.ndarray:
+        path = self.path(view, i // VIEW_BLOCK)
+        if path not in self.opened:
+            try:
+                self.opened[path] = np.load(wait_for(path), mmap_mode="r")
+            except (ValueError, EOFError) as error:
+                raise UserError(f"{path} is damaged ({error}); remove it, and it is made again")
+        return self.opened[path][i % VIEW_BLOCK]
+
+    def read(self, ids: np.ndarray, step: int) -> list[Tensor]:
+        """ids (b,) -> mean, logvar (b, 4, h, w), c (b, S, N) float32; a view of each by chance."""
+        chosen = data.uniforms(1, self.config["seed"], ids, step, 5)[:, 0] * self.config["views"]
+        rows = np.stack([self.row(int(view), int(i)) for view, i in zip(chosen, ids)])
+        parts = torch.from_numpy(rows).float().split(self.widths, dim=1)
+        return [part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes)]
+
+    def begin(self, ds) -> list[tuple[int, int]]:
+        """(view, block) of what is still to be encoded, after a look for the room it needs.
+
+        UserError where what is there is of other images, settings or encoders.
+        """
+        path = self.folder / "views.json"
+        nets = [checksums(self.folder.with_name(name)) for name in ("vae", "vit")]
+        recipe = {name: self.config[name] for name in ("size", "seed", "tokens", "augment")}
+        recipe |= {"images": ds.digest, "nets": digest(nets)}
+        if path.is_file() and data.read_json(path) != recipe:
+            raise UserError(f"{self.folder} holds views of other images, settings or encoders; "
+                            "remove that folder, and they are made again")
+        data.write_json(path, recipe)
+        blocks = range(-(-len(ds) // VIEW_BLOCK))
+        every = itertools.product(range(self.config["views"]), blocks)
+        todo = [key for key in every if not self.path(*key).is_file()]
+        need = len(todo) * min(VIEW_BLOCK, len(ds)) * sum(self.widths) * 2e-9
+        free = shutil.disk_usage(self.folder).free * 1e-9
+        if todo:
+            print(f"views of {len(ds):,} images: {need:.2f} GB in {self.folder}", flush=True)
+        if need > free:
+            raise UserError(f"{self.folder}: {need:.1f} GB are needed and {free:.1f} GB free; take "
+                            "fewer --views, or --views 0 to encode at every step")
+        return todo
 
 
-def _stage(place: Path, kind, source: str, settings: Train, images, stop: Stop, device, rank: int, world: int):
-    """The frozen VAE or DINO of a run: from its folder, else from `source`, else trained here. None when asked to stop."""
-    if not (place / "config.json").is_file():
-        if source and rank == 0:
-            _pretrained(kind, source, settings.offline).save_pretrained(place)  # a copy, so that the run folder is complete
-        elif not source:
-            is_vae = kind is VAE
-            recipe = dataclasses.replace(settings.vae_settings, steps=settings.vae_steps, seed=settings.seed) if is_vae else \
-                dataclasses.replace(settings.dino_settings, steps=settings.vit_steps, seed=settings.seed)
-            config = dataclasses.replace(settings.vae_config, sample_size=settings.size) if is_vae else settings.vit_config
-            if recipe.batch % world:
-                raise UserError(f"the {place.name} stage's batch of {recipe.batch} is no multiple of {world} ranks; use a divisor of it")
-            get_batch = _batch_getter(images, recipe.batch, settings, rank, world, device)
-            log = Log(place.parent / "log.jsonl", place.name, _saved_step(place), rank == 0)
-            if (train_vae if is_vae else train_dino)(config, recipe, get_batch, place, device, rank, world, log,
-                                                     should_stop=stop.agreed) is None:
-                return None
-        if world > 1:
-            dist.barrier()
-    net = kind.from_pretrained(place)
-    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+def make_views(run: Run, ds, rank: int, world: int) -> Views:
+    """Encode --views views of every image, all ranks together; files that are there stay."""
+    views = Views(run, ds)
+    mine = on_rank_0(lambda: views.begin(ds))[rank::world]
+    for view, block in data.progress(mine, desc="views", unit=f" x {VIEW_BLOCK} images"):
+        ids = np.arange(block * VIEW_BLOCK, min((block + 1) * VIEW_BLOCK, len(ds)))
+        rows = []
+        for part in np.array_split(ids, -(-len(ids) // 64)):
+            encoded = encode_view(run, ds.read(part), part, view)
+            rows.append(torch.cat([y.flatten(1) for y in encoded], dim=1).half().cpu().numpy())
+        file = io.BytesIO()
+        np.save(file, np.concatenate(rows))
+        data.write_file(views.path(view, block), file.getvalue())
+    on_rank_0(lambda: None)  # no rank reads before all have written
+    return views
 
 
-def _saved_step(place: Path) -> int:
-    state = place.with_name(place.name + ".training.safetensors")
-    return load_state(state)[1]["step"] if state.is_file() else 0
+@torch.no_grad()
+def encode_view(run: Run, pictures: Tensor, ids, step: int) -> list[Tensor]:
+    """uint8 (b, S, S) -> mean, logvar (b, 4, h, w), c (b, S, N) of the images as augmented.
+
+    CHOICE: DINO sees the augmented image, as the VAE does, so the pair (z0, c) stays true.
+    """
+    pictures = pictures.to(run.device, non_blocking=True)
+    with autocast(run.device, run.config["dtype"]):
+        x = to_model(pictures)
+        if run.config["augment"]:
+            x = data.augment(pictures, ids, step, run.config["seed"]).expand(-1, 3, -1, -1)
+        mean, logvar = run.vae.encode(x.contiguous(memory_format=torch.channels_last))
+        c = condition(run.vit, x, run.config["tokens"])
+    return [mean.float(), logvar.float(), c.float()]
 
 
-def _batch_getter(images, batch: int, settings: Train, rank: int, world: int, device) -> Callable[[int], Tensor]:
-    """step -> this rank's slice of the global batch, uint8 (batch / world, S, S), asked for in order from any first step."""
-    stream = None
+# ---- Before the loop: settings, stages, what is trained ----------------------------------------
 
-    def get(step: int) -> Tensor:
-        nonlocal stream
-        if stream is None:
-            stream = data.batches(images, batch, step, settings.seed, rank, world, batch // world, settings.workers)
-        at_step, _, pictures = next(stream)
-        assert at_step == step
-        return pictures
+# Settings with which a run may go on though it began with others
+MAY_CHANGE = ("run_dir", "steps", "micro_batch", "lr", "warmup", "clip", "checkpoint_every", "keep",
+              "sample_every", "device", "compile", "workers", "cache_gb", "offline",
+              "gradient_checkpointing")
 
-    return get
+
+NETS = {"vae": VAE, "vit": ViT, "init": UNet}  # folder of a run -> what it holds
+
+
+def begin_run(s: Train) -> dict:
+    """Write config.json -> checksums of finished stages; UserError where it is another run."""
+    path = Path(s.run_dir, "config.json")
+    mine = json.loads(json.dumps(dataclasses.asdict(s)))
+    theirs = read_config(s.run_dir) if path.is_file() else mine
+    changed = [name for name in mine if theirs[name] != mine[name]]
+    lines = [f"\n  {name}: the run has {theirs[name]!r}, now {mine[name]!r}" for name in changed]
+    if set(changed) - set(MAY_CHANGE):
+        raise UserError(f"{s.run_dir} holds a run with other settings:{''.join(lines)}\nTrain "
+                        "under another --run-dir, or give it what it began with.")
+    if lines:
+        print(f"going on with other settings:{''.join(lines)}", flush=True)
+    stages = theirs.get("stages", {})
+    data.write_json(path, mine | {"stages": stages})
+    return stages
+
+
+def finish_stages(s: Train, ds, device: torch.device) -> None:
+    """vae/, vit/ (and init/) of the run: as they are, copied from a source, or trained.
+
+    Rank 0 alone, with all cores; a killed training starts again and gives the same weights. What
+    was finished once is never replaced in silence: config.json holds its checksums.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(data.cores())
+    stages = begin_run(s)
+    for name in ("vae", "vit", "init") if s.init else ("vae", "vit"):
+        place = Path(s.run_dir, name)
+        if name not in stages:
+            if not place.is_dir():
+                make_net(name, s, ds, device).save_pretrained(place)
+            NETS[name].from_pretrained(place)  # a copy that does not open is not recorded
+            stages[name] = checksums(place)
+            data.write_json(place.with_name("config.json"),
+                            dataclasses.asdict(s) | {"stages": stages})
+        elif damage(place, stages[name]):
+            raise UserError(f"{place} is not what this run was trained with: "
+                            f"{damage(place, stages[name])}. Bring back a copy, or train under "
+                            "another --run-dir")
+    torch.set_num_threads(threads)
+
+
+def make_net(name: str, s: Train, ds, device: torch.device) -> nn.Module:
+    """A net from its source, or, for the small presets, from a training of minutes."""
+    source = getattr(s, name).replace("sd15", f"{SD15}:unet")
+    if source:
+        return NETS[name].from_pretrained(source)
+    log = Log(s.run_dir, name)
+    if name == "vae":
+        config = dataclasses.replace(s.vae_config, sample_size=s.size)
+        recipe = dataclasses.replace(s.vae_settings, steps=s.vae_steps, seed=s.seed)
+        return train_vae(config, recipe, ds, device, log.write)
+    recipe = dataclasses.replace(s.dino_settings, steps=s.vit_steps, seed=s.seed)
+    return train_dino(s.vit_config, recipe, ds, device, log.write)
 
 
 def from_scratch(config: UNetConfig) -> UNet:
-    """A new UNet. CHOICE: residual branches and the output start at zero: it predicts 0 at first, and depth comes gradually."""
+    """A new UNet. CHOICE: residual branches and the output start at zero: depth comes gradually."""
     unet = UNet(config)
     for name, weight in unet.named_parameters():
         if name.endswith(("conv2.weight", "proj_out.weight")) or name == "conv_out.weight":
-            torch.nn.init.zeros_(weight)
+            nn.init.zeros_(weight)
     return unet
 
 
-def augmented(pictures: Tensor, ids: Tensor, step: int, settings: Train) -> Tensor:
-    """uint8 (b, S, S) -> x (b, 3, S, S) in [-1, 1], changed at random as (seed, image, step) has it, or as it is."""
-    return data.augment(pictures, ids, step, settings.seed).expand(-1, 3, -1, -1) if settings.augment else to_model(pictures)
+def open_unet(s: Train, run: Run) -> tuple[UNet, torch.optim.Optimizer]:
+    """The UNet and its optimizer: of the newest whole checkpoint, of --init, or new.
+
+    Sets run.step to the checkpoint's, and run.unet to the average of weights, where there is one.
+    """
+    run.step = on_rank_0(lambda: newest_whole_checkpoint(run.folder))
+    place = checkpoint_folder(run.folder, run.step)
+    wait_for(place if run.step else run.folder)
+    width = run.vit.config.hidden_size
+    torch.manual_seed(s.seed)
+    if run.step or s.init:
+        unet = UNet.from_pretrained(place / "unet" if run.step else run.folder / "init")
+    else:
+        unet = from_scratch(dataclasses.replace(s.unet_config, cross_attention_dim=width))
+    if unet.config.cross_attention_dim != width:
+        raise UserError(f"the UNet takes tokens of width {unet.config.cross_attention_dim}, this "
+                        f"DINO gives {width}")
+    unet.to(run.device, memory_format=torch.channels_last)
+    unet.gradient_checkpointing = s.gradient_checkpointing
+    run.unet = unet
+    if s.ema:
+        average = UNet.from_pretrained(place / "ema") if run.step else copy.deepcopy(unet)
+        run.unet = freeze(average, run.device)
+    optimizer = make_optimizer(s, unet)
+    if run.step:
+        restore_optimizer(optimizer, data.load_tensors(place / "optimizer.safetensors")[0])
+    compile_nets(s, unet, run.vae)
+    return unet, optimizer
 
 
-def training_grid(run: Run, images, count: int = 8):
-    """A picture for people: real X-rays, their VAE round trips, two reconstructions each, and an interpolation between neighbours."""
-    real = torch.from_numpy(np.stack([images[int(i)] for i in np.linspace(0, len(images) - 1, min(count, len(images)))]))
-    c = encode_tokens(run, real)
-    with torch.no_grad(), autocast(run.device, run.config["dtype"]):
-        round_trip = data.to_uint8(run.vae.decode(run.vae.encode(to_model(real.to(run.device)))[0]).float()).cpu()
-    rows = [real, round_trip, *(generate(run, c, [seed * 1000 + i for i in range(len(real))], steps=25) for seed in range(2)),
-            generate(run, torch.lerp(c, c.roll(-1, 0), 0.5), list(range(len(real))), steps=25)]
-    return data.grid([image for row in rows for image in row.numpy()], columns=len(real), title=f"step {run.step:,}",
-                     row_titles=["real", "VAE round trip", "reconstruction 1", "reconstruction 2", "half-way to the next"])
+def make_optimizer(s: Train, unet: UNet) -> torch.optim.Optimizer:
+    options = dict(lr=s.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay)
+    if s.optimizer == "adam8bit":
+        return Adam8bit(unet.parameters(), **options)
+    return torch.optim.AdamW(unet.parameters(), fused=True, **options)
 
 
-# ---- Latents and tokens once: training without its encoders ----------------------------------------------------------------
+def compile_nets(s: Train, unet: UNet, vae: VAE) -> None:
+    """On CUDA; in place, so that weights keep their names."""
+    if s.compile and next(unet.parameters()).is_cuda:
+        torch._dynamo.config.optimize_ddp = False  # one graph; DDP's cuts would make 71 of it
+        unet.compile()
+        vae.encoder.compile()
 
 
-@dataclass(frozen=True)
-class Cache:
-    """Settings of `cache`: encode a data set once with a run's VAE and DINO, for `train --cache`."""
+def memory_plan(s: Train, config: UNetConfig, micro: int, tokens: int) -> str:
+    """GB of a training step of the UNet, in all and by part, counted without computing."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    kept = {}  # storages that the forward pass keeps for the backward pass -> GB
 
-    run: str = ""  # run folder whose vae/ and vit/ encode; empty: the newest run
-    data: str = ""  # what to encode; empty: the run's own data
-    out: str = ""  # folder; empty: RUN/cache
-    copies: int = 1  # differently augmented copies of each image; each use of an image takes one of them at random
-    batch: int = 64  # images of one rank in one pass
-    device: str = "auto"  # auto | cpu | cuda
-    workers: int = 0  # processes a rank that read images
-    offline: bool = False  # never ask the hub
+    def note(x: Tensor) -> Tensor:
+        if not isinstance(x, nn.Parameter):
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes() * 1e-9
+        return x
+
+    side = s.size // s.vae_config.factor
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
+    with FakeTensorMode(), autocast(torch.device("cpu"), s.dtype), hooks:
+        unet = UNet(config)
+        for norm in unet.modules():  # autocast on CUDA computes norms in float32, on a CPU not
+            if isinstance(norm, (nn.GroupNorm, nn.LayerNorm)):
+                norm.register_forward_pre_hook(lambda _, inputs: inputs[0].float())
+        unet.gradient_checkpointing = s.gradient_checkpointing
+        out = unet(torch.zeros(micro, 4, side, side), torch.zeros(micro).long(),
+                   torch.zeros(micro, tokens, config.cross_attention_dim))
+        weights = sum(p.numel() for p in unet.parameters()) * 4e-9
+        # The compiler recomputes what is cheap: 47 of 73 GB at full size, also counted.
+        share = 0.65 if s.compile and not s.gradient_checkpointing else 1.0
+        parts = {"weights and gradients": 2 * weights, "average": weights * (s.ema > 0),
+                 "optimizer": weights * (0.51 if s.optimizer == "adam8bit" else 2),
+                 "activations": share * sum(kept.values())}
+        del out  # its graph held the storages apart until here
+    listed = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
+    return (f"a step of {micro} images a pass takes about {sum(parts.values()):.1f} GB ({listed}); "
+            "a smaller --micro-batch or --gradient-checkpointing takes less")
 
 
-def cache(settings: Cache) -> None:
-    """OUT/cache.json and OUT/copy-K.npy (n, 2*4*h*w + S*N) float16: rows of [mean, logvar, tokens]. A killed run goes on."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder, device = Path(settings.run or newest_run()), pick_device(settings.device)
-    config = json.loads((folder / "config.json").read_text())
-    vae, vit = (net.to(device).eval().requires_grad_(False)
-                for net in (VAE.from_pretrained(folder / "vae"), ViT.from_pretrained(folder / "vit")))
-    images = data.open_data(settings.data or config["data"], config["size"], seed=config["seed"], offline=settings.offline)
-    out = Path(settings.out or folder / "cache")
-    info = _cache_info(config["size"], config["tokens"], config["augment"], images, vae, vit)
-    width = sum(int(np.prod(info[k])) for k in ("mean", "mean", "tokens"))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+# ---- Training (paper 2.5) ----------------------------------------------------------------------
+
+
+class Log:
+    """log.jsonl, a line a step. Lines of `stage` after `step`, written again now, are dropped."""
+
+    def __init__(self, folder, stage: str, step: int = 0):
+        path = Path(folder, "log.jsonl")
+        kept = []
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+            try:
+                row = json.loads(line)
+                if row["stage"] != stage or row["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError, RecursionError):
+                print(f"{path}: dropped a line that is no record: {line[:60]!r}", file=sys.stderr)
+        data.write_file(path, "".join(kept))
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, row: dict) -> None:
+        self.file.write(json.dumps(row) + "\n")
+
+
+class Journal:
+    """What the loop tells: log.jsonl, the bar, skipped steps, checkpoints that are due."""
+
+    def __init__(self, s: Train, start: int, rank: int):
+        self.s = s
+        self.log = Log(s.run_dir, "unet", start) if rank == 0 else None
+        self.bar = data.progress(desc="UNet", total=s.steps, initial=start, unit="step")
+        self.clock = time.perf_counter()
+        self.skipped = 0  # steps in a row
+        self.is_due = False  # a checkpoint waits for a step with finite numbers
+
+    def record(self, step: int, loss: float, norm: float, names: list[str]) -> bool:
+        """Log a step -> may the weights take it? Not where its numbers are not finite."""
+        rate = self.s.batch / (time.perf_counter() - self.clock)
+        row = {"stage": "unet", "step": step, "loss": loss, "lr": learning_rate(self.s, step),
+               "grad_norm": norm, "images_per_s": round(rate, 2)}
+        is_finite = math.isfinite(loss + norm)
+        if not is_finite:
+            row |= {"loss": str(loss), "grad_norm": str(norm), "skipped": True}
+        if self.log:
+            self.log.write(row)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s", refresh=False)
+        self.bar.update()
+        self.skipped = 0 if is_finite else self.skipped + 1
+        if self.skipped == 10:
+            raise UserError(f"ten steps in a row, up to step {step}, had a loss or gradient that "
+                            f"is not finite (now {loss} and {norm}); images of the last: "
+                            f"{', '.join(names[:8])}. Give the same command with a lower --lr (now "
+                            f"{self.s.lr:g}): it goes on from the last checkpoint, which is whole")
+        return is_finite
+
+    def wants_checkpoint(self, step: int, is_last: bool) -> bool:
+        """At its step, or as soon after it as a step is not skipped; last, after one at most."""
+        self.is_due |= is_last or step % self.s.checkpoint_every == 0
+        wants = self.is_due and self.skipped <= is_last
+        self.is_due &= not wants
+        return wants
+
+
+def learning_rate(s: Train, step: int) -> float:
+    """Of step 1, 2, …: linear warm-up, then constant."""
+    return s.lr * min(1.0, step / max(s.warmup, 1))
+
+
+def draw_step(s: Train, step: int, shape: tuple, device) -> tuple[Tensor, Tensor, Tensor]:
+    """t (batch,), eps and the posterior's noise (batch, 4, h, w) of one global batch.
+
+    A function of (seed, step) alone: every rank draws the same and takes its rows.
+    """
+    g = generator(device, s.seed, step, 0)
+    t = torch.randint(0, 1000, shape[:1], generator=g, device=device)
+    eps = torch.randn(shape, generator=g, device=device)
+    noise = torch.randn(shape, generator=g, device=device)
+    return t, eps, noise
+
+
+@torch.no_grad()
+def update_average(average: UNet, unet: UNet, decay: float, step: int) -> None:
+    """average += (1 - decay) (unet - average). TRAP: with gradients on, its graph would grow."""
+    decay = min(decay, step / (step + 9))  # a short memory at first: the start is random
+    torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
+
+
+def open_frozen(s: Train, device: torch.device, rank: int) -> tuple[Run, data.XRays]:
+    """Data, VAE and DINO of a run, which is begun or gone on with: everything but the UNet."""
+    folder = Path(s.run_dir)
+    on_rank_0(lambda: lock_run(folder))
+    ds = data.open_data(s.data, s.size, seed=s.seed, cache_gb=s.cache_gb)
+    if on_rank_0(lambda: ds.digest) != ds.digest:
+        raise UserError(f"--data {s.data} is not the same here as on rank 0; expected the same "
+                        "files in the same place on every machine")
     if rank == 0:
-        if (out / "cache.json").is_file() and json.loads((out / "cache.json").read_text())["info"] != info:
-            raise UserError(f"{out} holds the cache of another data set or encoder; choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "cache.json", {"info": info, "copies": settings.copies})
-        for copy in range(settings.copies):
-            if not (out / f"copy-{copy}.npy").is_file():  # zeros: a row whose logvar is all zero has not been written yet
-                np.lib.format.open_memmap(out / f"copy-{copy}.npy", "w+", np.float16, (len(images), width))
-    if world > 1:
-        dist.barrier()
-    mine = np.array_split(np.arange(len(images)), world)[rank]
-    bar = progress(desc="cache", total=len(mine) * settings.copies, unit="image")
-    for copy in range(settings.copies):
-        rows = np.load(out / f"copy-{copy}.npy", mmap_mode="r+")
-        for ids in np.array_split(mine, max(1, -(-len(mine) // settings.batch))):
-            if not rows[ids].any(axis=1).all():
-                pictures = torch.from_numpy(np.stack([images[int(i)] for i in ids])).to(device)
-                with torch.no_grad(), autocast(device, config["dtype"]):
-                    x = data.augment(pictures, torch.from_numpy(ids).to(device), copy, config["seed"]).expand(-1, 3, -1, -1) \
-                        if config["augment"] else to_model(pictures)
-                    parts = [*vae.encode(x), condition(vit, x, config["tokens"])]
-                rows[ids] = torch.cat([p.float().flatten(1) for p in parts], dim=1).cpu().numpy()
-            bar.update(len(ids))
-        rows.flush()
-    bar.close()
+        print(f"{folder}: preset {s.preset}, {len(ds):,} images of {s.data}, {s.size} px, {device}"
+              f", {s.batch} images a step, {s.micro_batch} a rank and pass", flush=True)
+    on_rank_0(lambda: finish_stages(s, ds, device))
+    vae = freeze(VAE.from_pretrained(wait_for(folder / "vae")), device)
+    vit = freeze(ViT.from_pretrained(wait_for(folder / "vit")), device)
+    config = dataclasses.asdict(s)
+    return Run(folder, config, s.size, 0, None, vae, vit, Schedule(), device), ds
+
+
+def train(settings: Train) -> None:
+    """Stages 1 and 2 where the run has no VAE and no DINO; then the UNet, from its checkpoint."""
+    device = pick_device(settings.device)
+    rank, world = start_ranks(device)
+    check_settings(settings, world)
+    share = settings.batch // world
+    micro = max(m for m in range(1, min(share, 64) + 1) if share % m == 0)
+    s = dataclasses.replace(settings, run_dir=settings.run_dir or f"runs/{settings.preset}",
+                            micro_batch=min(settings.micro_batch or micro, share))
+    run, ds = open_frozen(s, device, rank)
+    views = make_views(run, ds, rank, world) if s.views else None
+    unet, optimizer = open_unet(s, run)
+    model = DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
+    if device.type == "cuda" and rank == 0:
+        print(memory_plan(s, unet.config, s.micro_batch, run.vit.config.global_count), flush=True)
+    batches = data.batches(ds, s.batch, run.step, s.seed, rank, world, s.micro_batch, s.workers,
+                           read=views.read if views else None)
+    side = s.size // run.vae.config.factor
+    shape = (s.batch, unet.config.in_channels, side, side)
+    journal = Journal(s, run.step, rank)
+    signals = watch_signals()
+
+    for step in range(run.step, s.steps):
+        t, eps, noise = draw_step(s, step, shape, device)  # [DDPM algorithm 1, lines 3 and 4]
+        optimizer.param_groups[0]["lr"] = learning_rate(s, step + 1)
+        loss_sum = torch.zeros((), device=device)
+        for first in range(rank * share, (rank + 1) * share, s.micro_batch):
+            rows = slice(first, first + s.micro_batch)
+            _, ids, item = next(batches)
+            if views:
+                mean, logvar, c = [part.to(device, non_blocking=True) for part in item]
+            else:
+                mean, logvar, c = encode_view(run, item, ids, step)
+            # CHOICE: z0 is a sample of the posterior, as Stable Diffusion was trained, not its mean
+            z0 = (mean + torch.exp(0.5 * logvar) * noise[rows]) * run.vae.config.scaling_factor
+            zt = run.schedule.add_noise(z0, eps[rows], t[rows])
+            is_last = rows.stop == (rank + 1) * share
+            with contextlib.nullcontext() if is_last or world == 1 else model.no_sync():
+                with autocast(device, s.dtype):
+                    eps_hat = model(zt, t[rows], c)
+                loss = (eps[rows] - eps_hat.float()).square().mean() * len(zt) / share  # eq. (1)
+                loss.backward()  # in the last pass the gradients travel between the ranks
+            loss_sum += loss.detach()
+
+        norm = nn.utils.clip_grad_norm_(unet.parameters(), s.clip or math.inf)
+        loss_mean, norm, stops = share_step(loss_sum, norm, bool(signals))
+        run.step = step + 1
+        if journal.record(run.step, loss_mean, norm, [ds.keys[i] for i in ids.tolist()]):
+            optimizer.step()
+            if s.ema:
+                update_average(run.unet, unet, s.ema, run.step)
+        optimizer.zero_grad(set_to_none=world == 1)  # kept, they stay views of DDP's buckets
+        is_end = stops or run.step == s.steps
+        if journal.wants_checkpoint(run.step, is_end) and rank == 0:
+            save_checkpoint(s, run, unet, optimizer)
+        if rank == 0 and not stops and (is_end or run.step % s.sample_every == 0):
+            save_grid(run, ds)
+        journal.clock = time.perf_counter()  # checkpoints and pictures are not the step's time
+        if is_end:
+            break
+    finish(s, journal, world)
+
+
+def finish(s: Train, journal: Journal, world: int) -> None:
+    """Say where the run stands and what comes next; leave the process group."""
+    journal.bar.close()
+    if journal.log:
+        HELD.pop().close()
+        step = max(checkpoint_steps(s.run_dir), default=0)
+        print(f"{s.run_dir} stands at step {step} of {s.steps}; the same command goes on from it. "
+              f"Grids: {s.run_dir}/samples, log: {s.run_dir}/log.jsonl"
+              f"\nnext: python dinodiff.py sample --run-dir {s.run_dir} --images …   or   python "
+              f"evaluate.py --run-dir {s.run_dir}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if rank == 0:
-        print(f"{len(images):,} images x {settings.copies} copies in {out}; use it with `train --cache {out}`")
 
 
-def _cache_info(size: int, tokens: str, augment: bool, images, vae: VAE, vit: ViT) -> dict:
-    """What a cache is made of; another size, data set or encoder gives another."""
-    with torch.no_grad():
-        mark = [float(p.double().abs().sum()) for net in (vae, vit) for p in (next(iter(net.parameters())),)]
-        side, x = size // vae.config.factor, torch.zeros(1, 3, size, size, device=next(vit.parameters()).device)
-        c = condition(vit, x, tokens)
-    some = "".join(images.keys[i] for i in range(0, len(images), max(1, len(images) // 1000)))  # a thousand names tell sets apart
-    keys = hashlib.sha1(some.encode()).hexdigest()
-    return {"size": size, "images": len(images), "keys": keys, "augment": augment, "encoders": [round(m, 3) for m in mark],
-            "mean": [vae.config.latent_channels, side, side], "tokens": list(c.shape[1:])}
+def save_grid(run: Run, ds, count: int = 6) -> None:
+    """samples/step-N.png. A row: a real X-ray A, its VAE round trip, and with one noise what
+    becomes of its reconstruction as the condition goes to that of the next row's image B."""
+    real = ds.read(np.linspace(0, len(ds) - 1, min(count, len(ds))).astype(int))
+    c = encode_tokens(run, real)
+    columns = {"real A": real, "VAE of A": decode_latents(run, encode_latents(run, real))}
+    for r in (0.0, 0.25, 0.5, 0.75, 1.0):
+        towards = torch.lerp(c, c.roll(-1, 0), r)
+        columns[f"r = {r:g}"] = generate(run, towards, list(range(len(c))), steps=25)
+    columns["real B"] = real.roll(-1, 0)
+    cells = torch.stack(list(columns.values()), dim=1).flatten(0, 1).numpy()
+    sheet = data.grid(cells, len(columns), [*columns] * len(real),
+                      title=f"step {run.step:,}: one noise from r = 0 (A) to r = 1 (B)")
+    data.save_png(run.folder / "samples" / f"step-{run.step:07d}.png", sheet)
 
 
-class LatentCache:
-    """The rows that `cache` wrote, memory-mapped. UserError where they are not of this data set and these encoders."""
-
-    def __init__(self, folder: str, settings: Train, images, vae: VAE, vit: ViT):
-        path = Path(folder) / "cache.json"
-        if not path.is_file():
-            raise UserError(f"{folder} holds no cache (no cache.json); make one with `python dinodiff.py cache --run … --out {folder}`")
-        stored, here = json.loads(path.read_text()), _cache_info(settings.size, settings.tokens, settings.augment, images, vae, vit)
-        wrong = {k: (stored["info"].get(k), v) for k, v in here.items() if stored["info"].get(k) != v}
-        if wrong:
-            raise UserError(f"the cache {folder} was made of something else (there, here): {wrong}")
-        self.copies = [np.load(Path(folder) / f"copy-{k}.npy", mmap_mode="r") for k in range(stored["copies"])]
-        self.shapes, self.seed = (here["mean"], here["mean"], here["tokens"]), settings.seed
-
-    def read(self, ids: np.ndarray, step: int) -> list[Tensor]:
-        """ids (b,) -> mean, logvar (b, 4, h, w), c (b, S, N) in float32, each image from a copy chosen by (seed, image, step)."""
-        chosen = (data.uniforms(1, self.seed, ids, step)[:, 0] * len(self.copies)).astype(int)
-        rows = torch.from_numpy(np.stack([self.copies[k][i] for k, i in zip(chosen, ids)]).astype(np.float32))
-        parts = rows.split([int(np.prod(shape)) for shape in self.shapes], dim=1)
-        return [part.view(-1, *shape) for part, shape in zip(parts, self.shapes)]
-
-
-# ---- Sampling from a run (paper 2.3) --------------------------------------------------------------------------------------
+# ---- Sampling from a run (paper 2.3) -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleSettings:
     """Settings of `sample`."""
 
-    run: str = ""  # run folder; empty: the newest under runs/
-    images: tuple[str, ...] = ()  # real X-rays whose tokens condition the samples: files or folders
-    mode: str = "reconstruct"  # reconstruct | interpolate (between each image and the next) | mix (half the patch tokens of each)
+    run_dir: str = ""  # run folder; empty: the newest under runs/
+    images: tuple[str, ...] = ()  # X-rays whose tokens condition the samples: files or folders
+    data: str = ""  # or a data set (see `train`) with --keys
+    keys: tuple[str, ...] = ()  # images of --data
+    mode: str = "reconstruct"  # reconstruct | interpolate (each image and the next) | mix (A.1)
     variants: int = 4  # samples of each condition, each from noise of its own
-    ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # of interpolation: r = 0 is the first image, 1 the second
+    ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # r: 0 is the first image, 1 the second
     out: str = "out"  # folder for the PNGs
-    checkpoint: str = ""  # step, or best; empty: the newest
+    step: str = ""  # checkpoint: a step, or best; empty: the newest
     steps: int = 50  # of DDIM
     eta: float = 0.0  # 0: deterministic DDIM … 1: DDPM's variance
     batch: int = 32  # images in one pass
-    seed: int = 0  # sample (image i, variant v) depends on (seed, i, v) alone
+    seed: int = 0  # a sample depends on this, its images' pixels and its variant alone
+    exact_seed: int = -1  # the very seed of every sample, as records of synthetic images have it
     device: str = "auto"  # auto | cpu | cuda
+    offline: bool = False  # never ask the hub, use its cache alone
 
 
-def sample(settings: Sample) -> None:
-    """Reconstructions, interpolations or half-and-half mixtures of real X-rays: a PNG each, and one grid with the real images."""
-    if settings.mode not in ("reconstruct", "interpolate", "mix"):
-        raise UserError(f"found --mode {settings.mode!r}, expected reconstruct, interpolate or mix")
-    if not settings.images:
-        raise UserError("no --images given: name one or more X-ray files or folders, for instance --images a.png b.png")
-    run = load_run(settings.run or newest_run(), settings.checkpoint or None, settings.device)
-    if settings.mode == "mix" and run.config["tokens"] != "all":
-        raise UserError(f"mix needs patch tokens, and {run.folder} was trained on global ones; train with --tokens all (appendix A.1)")
-    names, real = [], []
-    for path in [p for name in settings.images for p in (sorted(Path(name).iterdir()) if Path(name).is_dir() else [Path(name)])]:
-        try:
-            real.append(torch.from_numpy(data.preprocess(data.load_image(path), run.size)))
-            names.append(path.stem)
-        except (UserError, OSError) as error:
-            print(f"skipped {path}: {error}", file=sys.stderr)
-    if len(real) < (1 if settings.mode == "reconstruct" else 2):
-        raise UserError(f"{settings.mode} needs {'an image' if settings.mode == 'reconstruct' else 'two images'}; {len(real)} could be read")
-    real = torch.stack(real)
-    tokens = torch.cat([encode_tokens(run, part) for part in real.split(settings.batch)])  # (images, S, N)
+@dataclass
+class Job:
+    """One image to make: its name, its row in the grid, condition (S, N) and seed."""
 
-    # Each job: file name, row of the grid, condition, seed. Interpolation keeps the noise along r, so that only c changes.
-    seed_of = lambda i, v: int(data.hash64(settings.seed, i, v) >> np.uint64(2))
+    name: str
+    row: int
+    c: Tensor
+    seed: int
+
+
+def plan_samples(s: SampleSettings, real: dict[str, Tensor], tokens: Tensor, vit: ViT) -> list[Job]:
+    """The images of a mode. Interpolation keeps the noise along r, so that only c changes.
+
+    A seed comes from the sources' pixels: a sample is the same whatever else is made.
+    """
     jobs = []
-    for i in range(len(real) if settings.mode == "reconstruct" else len(real) - 1):
-        for v in range(settings.variants):
-            if settings.mode == "reconstruct":
-                jobs.append((f"{names[i]}_v{v}", i, tokens[i], seed_of(i, v)))
-            elif settings.mode == "interpolate":
-                jobs += [(f"{names[i]}_{names[i + 1]}_v{v}_r{r:.2f}", (i, v), torch.lerp(tokens[i], tokens[i + 1], r), seed_of(i, v))
-                         for r in settings.ratios]  # ĉ = lerp(c_s, c_t, r)
-            else:
-                jobs.append((f"{names[i]}_{names[i + 1]}_mix{v}", i, mix_tokens(tokens[i], tokens[i + 1], run.vit.config), seed_of(i, v)))
-    clock, pictures = time.perf_counter(), []
-    for first in progress(range(0, len(jobs), settings.batch), desc="sample", unit="batch"):
-        part = jobs[first:first + settings.batch]
-        c, seeds = torch.stack([c for _, _, c, _ in part]), [seed for *_, seed in part]
-        pictures += list(generate(run, c, seeds, settings.steps, settings.eta).numpy())
-    print(f"{len(jobs) / (time.perf_counter() - clock):.2f} images/s ({settings.steps} steps, {run.device})")
+    sources = list(real.items())
+    ends = 1 if s.mode == "reconstruct" else 2
+    for i, v in itertools.product(range(len(sources) - ends + 1), range(s.variants)):
+        stem = "_".join(name for name, _ in sources[i:i + ends]) + f"_v{v}"
+        pixels = [zlib.crc32(image.numpy()) for _, image in sources[i:i + ends]]
+        seed = int(data.hash64(s.seed, v, *pixels) >> np.uint64(2))
+        seed = seed if s.exact_seed < 0 else s.exact_seed
+        if s.mode == "interpolate":
+            for r in s.ratios:  # ĉ = lerp(c_s, c_t, r)
+                c = torch.lerp(tokens[i], tokens[i + 1], r)
+                jobs.append(Job(f"{stem}_r{r:g}", i * s.variants + v, c, seed))
+        else:
+            c = tokens[i] if ends == 1 else mix_tokens(tokens[i], tokens[i + 1], vit.config)
+            jobs.append(Job(stem, i, c, seed))
+    return jobs
 
-    out, rows = Path(settings.out), {}
-    for (name, row, _, _), picture in zip(jobs, pictures):
-        data.save_png(out / f"{name}.png", picture)
-        rows.setdefault(row, []).append(picture)
-    ends = lambda row: (row if settings.mode != "interpolate" else row[0])
-    is_pair = settings.mode != "reconstruct"
-    cells = [x for row, made in rows.items() for x in [real[ends(row)].numpy(), *made, *([real[ends(row) + 1].numpy()] if is_pair else [])]]
-    middle = [f"r = {r:g}" for r in settings.ratios] if settings.mode == "interpolate" else [f"variant {v}" for v in range(settings.variants)]
-    captions = ["real"] + middle + (["real"] if is_pair else [])
-    data.save_png(out / f"{settings.mode}.png", data.grid(cells, columns=len(captions), captions=captions * len(rows),
-                                                          title=f"{run.folder.name}, step {run.step:,}: {settings.mode}"))
-    print(f"{len(jobs)} images and the grid {settings.mode}.png are in {out.resolve()}")
+
+def sample(settings: SampleSettings) -> None:
+    """Reconstructions, interpolations or mixtures of real X-rays: a PNG each, and one grid."""
+    s = settings
+    if s.mode not in ("reconstruct", "interpolate", "mix") or min(s.variants, s.batch) < 1:
+        raise UserError(f"found --mode {s.mode} --variants {s.variants} --batch {s.batch}, "
+                        "expected reconstruct, interpolate or mix, and at least 1")
+    run = load_run(s.run_dir or newest_run(), s.step or None, s.device)
+    if s.mode == "mix" and run.config["tokens"] != "all":
+        raise UserError(f"mix needs patch tokens, and {run.folder} was trained on global ones; "
+                        "train with --tokens all (appendix A.1)")
+    real = data.read_pictures(s.images, run.size)
+    if s.data:
+        real |= data.open_data(s.data, run.size, seed=run.config["seed"] + 1).named(s.keys)
+    if len(real) < (1 if s.mode == "reconstruct" else 2):
+        raise UserError(f"found {len(real)} readable X-rays, expected at least one, or two for "
+                        "interpolate and mix: name files or folders with --images")
+    images = torch.stack(list(real.values()))
+    tokens = torch.cat([encode_tokens(run, part) for part in images.split(s.batch)])
+    jobs = plan_samples(s, real, tokens, run.vit)
+    clock = time.perf_counter()
+    pictures = []
+    for k in data.progress(range(0, len(jobs), s.batch), desc="sample", unit="batch"):
+        part = jobs[k:k + s.batch]  # filled across conditions
+        c = torch.stack([job.c for job in part])
+        pictures.extend(generate(run, c, [job.seed for job in part], s.steps, s.eta).numpy())
+    rate = len(jobs) / (time.perf_counter() - clock)
+    cells = []
+    captions = []
+    for row, group in itertools.groupby(zip(jobs, pictures), key=lambda made: made[0].row):
+        source = row // s.variants if s.mode == "interpolate" else row
+        cells.append(images[source].numpy())
+        captions.append("real")
+        for job, picture in group:
+            data.save_png(Path(s.out, f"{job.name}.png"), picture)
+            cells.append(picture)
+            captions.append(job.name.rpartition("_")[2])
+        if s.mode != "reconstruct":
+            cells.append(images[source + 1].numpy())
+            captions.append("real")
+    sheet = data.grid(cells, len(cells) // (row + 1), captions,
+                      title=f"{run.folder.name}, step {run.step:,}: {s.mode}")
+    data.save_png(Path(s.out, f"{s.mode}.png"), sheet)
+    print(f"{len(jobs)} images ({rate:.2f} images/s, {s.steps} steps, {run.device}) and the grid "
+          f"{s.mode}.png are in {Path(s.out).resolve()}")
 
 
 def mix_tokens(a: Tensor, b: Tensor, config: ViTConfig) -> Tensor:
-    """All tokens (S, N) of two images -> the first half of the patch tokens (the upper half of the picture) from a, the rest from b.
+    """All tokens (S, N) of two images -> the upper half's patch tokens from a, the lower's from b.
 
-    CHOICE: the global tokens are the mean of both; the paper says only where the patches come from (appendix A.1, Figure 7).
+    CHOICE: global tokens are the mean of both; the paper speaks of patches only (A.1, Figure 7).
     """
     patches = (config.image_size // config.patch_size) ** 2
     lead = len(a) - patches
-    return torch.cat([(a[:lead] + b[:lead]) / 2, a[lead:lead + patches // 2], b[lead + patches // 2:]])
+    upper = a[lead:lead + patches // 2]
+    return torch.cat([(a[:lead] + b[:lead]) / 2, upper, b[lead + patches // 2:]])
 
 
-# ---- Benchmark ------------------------------------------------------------------------------------------------------------
+# ---- Benchmark ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -879,77 +1336,87 @@ class Bench:
     """Settings of `bench`: the networks of a preset with random weights."""
 
     preset: str = "tiny"  # tiny | mini | paper | paper-v2
-    batch: int = 8  # images in one pass
-    repeats: int = 5  # passes that are timed; the fastest is printed, since a shared machine only ever adds
+    micro_batch: int = 8  # images in one pass
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "fp32"  # fp32 | bf16
     compile: bool = True  # torch.compile, on CUDA only
-    seed: int = 0
+    gradient_checkpointing: bool = False  # less memory, a third more time
+
+
+def fastest(part: Callable, device: torch.device) -> float:
+    """Seconds of the fastest of five calls, after one that warms up; sharing only adds time."""
+    times = []
+    for _ in range(6):
+        clock = time.perf_counter()
+        part()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - clock)
+    return min(times[1:])
+
+
+def bench_parts(s: Train, B: int, device: torch.device) -> tuple[list, dict[str, Callable]]:
+    """UNet, VAE, DINO with random weights, and {title: what runs one part of the work}."""
+    public = {PAPER.vit: ViTConfig(), PAPER_V2.vit: ViTConfig(
+        "timm", 518, 14, registers=4, layer_scale=True, cls_position=False)}
+    with device:
+        vit = freeze(ViT(public.get(s.vit, s.vit_config)), device)
+        vae = freeze(VAE(s.vae_config), device)
+        width = vit.config.hidden_size
+        unet = UNet(dataclasses.replace(s.unet_config, cross_attention_dim=width))
+        unet.to(memory_format=torch.channels_last).gradient_checkpointing = s.gradient_checkpointing
+        side = s.size // vae.config.factor
+        x = torch.rand(B, 3, s.size, s.size) * 2 - 1
+        zt = torch.randn(B, 4, side, side)
+        inputs = (zt, torch.zeros(B).long(), torch.randn(B, vit.config.global_count, width))
+    return [unet, vae, vit], {
+        "UNet forward": torch.no_grad()(lambda: unet(*inputs)),
+        "UNet forward and backward": lambda: unet(*inputs).float().square().mean().backward(),
+        "VAE encode": lambda: vae.encode(x), "VAE decode": lambda: vae.decode(zt),
+        "DINO tokens": lambda: condition(vit, x)}
+
+
+def count_flops(s: Train) -> dict[str, int]:
+    """Floating-point operations of each part for one image, counted on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+    flops = {}
+    for title, part in bench_parts(s, 1, torch.device("meta"))[1].items():
+        with FlopCounterMode(display=False) as counter:
+            part()
+        flops[title] = counter.get_total_flops()
+    return flops
 
 
 def bench(settings: Bench) -> None:
-    """Floating-point operations, time and memory of each part of training and sampling, and of reading and augmenting."""
-    from torch.utils.flop_counter import FlopCounterMode
-    if settings.preset not in PRESETS:
-        raise UserError(f"found --preset {settings.preset!r}, expected one of {', '.join(PRESETS)}")
-    preset, device, B = PRESETS[settings.preset], pick_device(settings.device), settings.batch
-    torch.manual_seed(settings.seed)
-    vit_config = {"facebook/dino-vitb16": ViTConfig(), "": preset.vit_config}.get(preset.vit) or \
-        ViTConfig(image_size=518, patch_size=14, registers=4, layer_scale=True, layout="timm")
-    place = dict(device=device, memory_format=torch.channels_last)
-    unet = UNet(dataclasses.replace(preset.unet_config, cross_attention_dim=vit_config.hidden_size)).to(**place)
-    vae, vit = (net.to(**place).eval().requires_grad_(False) for net in (VAE(preset.vae_config), ViT(vit_config)))
-    if settings.compile and device.type == "cuda":
-        unet.compile()
-        vae.encoder.compile()
-    optimizer = OPTIMIZERS[preset.optimizer](unet.parameters(), lr=1e-5)
-    side = preset.size // vae.config.factor
-    x = (torch.rand(B, 3, preset.size, preset.size) * 2 - 1).to(**place)
-    zt, t = torch.randn(B, 4, side, side).to(**place), torch.randint(0, 1000, (B,), device=device)
-    c = torch.randn(B, 1 + vit_config.registers, vit_config.hidden_size, device=device)
-    pictures = torch.randint(0, 256, (B, preset.size, preset.size), dtype=torch.uint8, device=device)
-
-    def forward():
-        with torch.no_grad():
-            unet(zt, t, c)
-
-    def forward_backward():
-        unet(zt, t, c).float().square().mean().backward()
-
-    def no_grad(function):
-        with torch.no_grad():
-            function()
-
-    parts = {"UNet forward": forward, "UNet forward and backward": forward_backward, f"{type(optimizer).__name__} step": optimizer.step,
-             "VAE encode": lambda: no_grad(lambda: vae.encode(x)), "VAE decode": lambda: no_grad(lambda: vae.decode(zt)),
-             "DINO tokens": lambda: no_grad(lambda: condition(vit, x)), "augment": lambda: data.augment(pictures, t, 0, 0)}
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{settings.preset}, {settings.dtype}, batch {B}, {name}")
-    print(f"  {'':<28}{'GFLOP/image':>12}{'ms/pass':>10}{'images/s':>10}{'TFLOP/s':>9}{'peak GB' if device.type == 'cuda' else '':>9}")
-    seconds = {}
-    for title, part in parts.items():
-        with autocast(device, settings.dtype):
-            part(), wait()
-            with FlopCounterMode(display=False) as counter, torch.no_grad() if "step" in title else contextlib.nullcontext():
-                part() if not (settings.compile and device.type == "cuda") else None
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            times = []
-            for _ in range(settings.repeats):
-                wait()
-                clock = time.perf_counter()
-                part(), wait()
-                times.append(time.perf_counter() - clock)
-        seconds[title], flops = min(times), counter.get_total_flops()
-        peak = f"{torch.cuda.max_memory_allocated() / 2**30:>9.2f}" if device.type == "cuda" else ""
-        best = min(times)
-        print(f"  {title:<28}{flops / B / 1e9:>12.2f}{1e3 * best:>10.1f}{B / best:>10.1f}{flops / best / 1e12:>9.2f}{peak}")
-    step = sum(seconds[k] for k in ("UNet forward and backward", "VAE encode", "DINO tokens", "augment"))
-    print(f"  training: {B / step:.1f} images/s of one process, and {1e3 * seconds[type(optimizer).__name__ + ' step']:.0f} ms an optimizer step"
-          f"\n  sampling, 50 DDIM steps: {B / (50 * seconds['UNet forward'] + seconds['VAE decode']):.2f} images/s")
+    """FLOPs (counted), time, share of the machine's peak and memory of each part of the work."""
+    device = pick_device(settings.device)
+    B = settings.micro_batch
+    s = dataclasses.replace(find_preset(settings.preset), dtype=settings.dtype, micro_batch=B,
+                            batch=B, data="none", compile=settings.compile,
+                            gradient_checkpointing=settings.gradient_checkpointing)
+    check_settings(s, 1)
+    flops = count_flops(s)
+    (unet, vae, vit), parts = bench_parts(s, B, device)
+    print(memory_plan(s, unet.config, B, vit.config.global_count), flush=True)
+    compile_nets(s, unet, vae)
+    optimizer = make_optimizer(s, unet)
+    parts[f"{type(optimizer).__name__} step"] = optimizer.step
+    n = 8192 if device.type == "cuda" else 1024
+    square = torch.randn(n, n, device=device)
+    with autocast(device, s.dtype):
+        peak = 2 * n**3 / fastest(lambda: square @ square, device)
+        seconds = {title: fastest(part, device) for title, part in parts.items()}
+    print(f"{s.preset}, {s.dtype}, {device}, peak of a matrix product {peak / 1e12:.2f} TFLOP/s\n"
+          f"  {'':<27}{'GFLOP/image':>12}{'ms/pass':>10}{'images/s':>10}{'% of peak':>11}")
+    for title, time_of in seconds.items():
+        rate = B / time_of
+        work = flops.get(title, 0)
+        print(f"  {title:<27}{work / 1e9:>12.2f}{1e3 * time_of:>10.1f}{rate:>10.1f}"
+              f"{100 * work * rate / peak:>11.1f}")
+    if device.type == "cuda":
+        print(f"  largest memory in use: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":
-    data.command_line(__doc__, {"train": (preset_defaults, train), "sample": (Sample(), sample), "cache": (Cache(), cache),
-                                "bench": (Bench(), bench)})
+    data.command_line(__doc__, {"train": (preset_defaults, train_command), "bench": (Bench(), bench),
+                                "sample": (SampleSettings(), sample)})
