@@ -108,7 +108,9 @@ def command_line(doc: str, commands: dict, argv: list[str] | None = None) -> Non
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        if re.search("gloo|NCCL|TCPStore", str(error)):
+            error = "another rank has ended; its own message says why"
+        elif isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise  # else torch says that a reading process was killed, wherever the program was
         rank = os.environ.get("RANK")
         if rank is None:
@@ -153,15 +155,12 @@ def parse(defaults, argv: list[str], doc: str = "", program: str = ""):
     return dataclasses.replace(defaults, **values)
 
 
-class _Lines:
+class _Lines(io.StringIO):
     """A text stream for tqdm where no terminal listens: a line a refresh, none overwritten."""
 
     def write(self, text: str) -> None:
         if text.strip():
             note(text.strip())
-
-    def flush(self) -> None:
-        pass
 
 
 def progress(iterable=None, desc="", total=None, unit="it", initial=0) -> tqdm:
@@ -300,10 +299,11 @@ def process_pool(workers: int | None = None, start: str | None = None) -> Proces
 
     start: multiprocessing's start method; "spawn" where the parent computed with several threads.
     """
-    return ProcessPoolExecutor(workers or cores(), get_context(start), _end_with, (os.getpid(),))
+    return ProcessPoolExecutor(workers or cores(), get_context(start), end_with, (os.getpid(),))
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
+    """End this process within a second of its parent, which alone hears Ctrl-C; one thread."""
     def watch():
         while os.getppid() == parent:
             time.sleep(1)
@@ -326,7 +326,7 @@ def run_jobs(function, jobs: list[tuple], desc: str, workers: int | None = None)
                         "same command goes on from here (fewer --workers need less)") from None
 
 
-# ---- Random numbers that are pure functions of what they are for ----
+# ---- Random numbers: pure functions of what they are for ----
 
 
 def hash64(*values) -> np.ndarray:
@@ -371,8 +371,8 @@ def read_weights(source, subfolder: str | None = None, revision: str | None = No
     """A public checkpoint -> (config.json, state dict on the CPU, preprocessor_config.json).
 
     source: a folder, one .safetensors/.bin/.pt/.pth file, or a hub id OWNER/NAME[:SUBFOLDER]. A
-    JSON that is not there is {}. Safetensors are memory-mapped; NAME.index.json opens sharded ones. Pickled
-    files are read with weights_only=True: no code in them runs. UserError says what was looked for.
+    JSON that is not there is {}. Safetensors are memory-mapped; an index opens sharded ones.
+    Pickled files are read with weights_only=True: no code in them runs.
     """
     path = Path(source).expanduser()
     if not path.exists() and ":" in str(source):
@@ -383,8 +383,8 @@ def read_weights(source, subfolder: str | None = None, revision: str | None = No
         files = {file.name: file for file in folder.glob("*")}
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         listed = hub_files(str(source), revision)
-        names = filter(re.compile(re.escape(inside) + "[^/]+").fullmatch, listed)
-        files = {os.path.basename(name): listed[name] for name in names}
+        files = {name.removeprefix(inside): listed[name] for name in listed
+                 if name.startswith(inside)}
     else:
         raise UserError(f"weights {source!r}: no such file or folder, and no hub id OWNER/NAME")
 
@@ -396,13 +396,13 @@ def read_weights(source, subfolder: str | None = None, revision: str | None = No
         raise UserError(f"no weights in {source} {inside}: found {sorted(files)[:8]}, expected one "
                         f"of {', '.join(WEIGHT_NAMES)}")
     if names[0].endswith(".index.json"):
-        parts = read_json(local(names[0])).get("weight_map")
-        parts = set(map(str, parts.values())) if isinstance(parts, dict) else {"no weight_map"}
-        strange = sorted(parts - files.keys())  # among them paths, which lead elsewhere
-        if strange:
-            raise UserError(f"{source}: {names[0]} names {strange[:3]}, and no such files lie "
-                            "beside it; download the checkpoint again")
-        names = sorted(parts)
+        index = names[0]
+        parts = read_json(local(index)).get("weight_map")
+        parts = parts.values() if isinstance(parts, dict) else ["no weight_map"]
+        names = sorted(set(map(str, parts)))
+        if not files.keys() >= set(names):  # among them may be paths, which lead elsewhere
+            raise UserError(f"{source}: {index} names {names[:9]}, and not all of them lie beside "
+                            "it; download the checkpoint again")
     state = {}
     for name in names:
         file = local(name)
@@ -423,20 +423,13 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], source)
 
     The tensors of `state` become the parameters (assign=True): no second copy of a model on meta.
     """
-    own = model.state_dict()
-    theirs = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
-    shapes = [f"{name}: file {theirs[name]}, model {tuple(own[name].shape)}"
-              for name in own.keys() & theirs if tuple(own[name].shape) != theirs[name]]
-    problems = {"keys that the model wants are missing": own.keys() - theirs,
-                "keys are unknown": theirs.keys() - own, "shapes differ": shapes}
-    lines = [f"\n  {len(found)} {title}: {'; '.join(sorted(map(str, found))[:4])}"
-             for title, found in problems.items() if found]
-    if lines:
-        raise UserError(f"{source} does not fit {type(model).__name__}:{''.join(lines)}\n"
-                        "Is this the right file, and is its config.json beside it?")
-    state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
-    model.load_state_dict(state, strict=True, assign=True)
-    return model
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        found = "\n  ".join(line.strip()[:400] for line in str(error).splitlines()[1:6])
+        raise UserError(f"{source} does not fit {type(model).__name__}:\n  {found}\n"
+                        "Is this the right file, and is its config.json beside it?") from None
+    return model.float()
 
 
 def write_weights(folder, config: dict, state: dict[str, torch.Tensor],
@@ -467,12 +460,11 @@ def hub_files(repository: str, revision: str | None = None, kind: str = "model")
         folder = Path(snapshot_download(repository, local_files_only=True, **place))
         return {file.relative_to(folder).as_posix(): file for file in folder.rglob("*")}
     except (OSError, ValueError):
-        options = " --repo-type dataset" if kind == "dataset" else ""
-        options += f" --revision {revision}" if revision else ""
+        options = f"--repo-type {kind}" + (f" --revision {revision}" if revision else "")
         name = repository.split("/")[1]
         raise UserError(
             f"{repository} is neither in the hub's cache nor within reach ({reason}).\n"
-            f"On a machine with network:  hf download {repository}{options} --local-dir {name}\n"
+            f"On a machine with network:  hf download {repository} {options} --local-dir {name}\n"
             f"then give that folder's path instead of {repository!r}.") from None
 
 
@@ -494,26 +486,20 @@ def first_line(error: Exception) -> str:
 
 
 def module_table(title: str, model: torch.nn.Module, *inputs) -> None:
-    """Print the parts of `model`, the shape each gives for `inputs` (also on meta), parameters."""
-    def report(name, count, module, args, out):
-        print(f"  {name:<22}{str(tuple(out.shape)):>24}{count:>16,} parameters")
+    """Print each part of `model` that is of our own making, as it runs (also on meta): its name,
+    the shape of what it gives, its parameters. The last row is the whole."""
+    names = {part: name for name, part in model.named_modules() if name.count(".") < 4}
+
+    def report(part, args, out):
+        if part in names and not type(part).__module__.startswith("torch"):
+            count = sum(p.numel() for p in part.parameters())
+            name = names[part] or "total"
+            print(f"  {name:<28}{str(tuple(out.shape)):>22}{count:>14,} parameters")
 
     print(title)
-    handles = []
-    parts = {}
-    for name, module in model.named_children():
-        if type(module) in (torch.nn.ModuleList, torch.nn.Sequential):
-            parts |= {f"{name}.{k}": part for k, part in module.named_children()}
-        else:
-            parts[name] = module
-    for name, part in [*parts.items(), ("total", model)]:
-        # A level of the UNet has no forward of its own: its last part speaks for it.
-        speaker = list(part.modules())[-1] if hasattr(part, "resnets") else part
-        count = sum(p.numel() for p in part.parameters())
-        handles.append(speaker.register_forward_hook(functools.partial(report, name, count)))
+    handle = torch.nn.modules.module.register_module_forward_hook(report)
     model(*inputs)
-    for handle in handles:
-        handle.remove()
+    handle.remove()
 
 
 # ---- Pictures: any X-ray file -> uint8, preprocessed (paper 2.5) ----
@@ -625,19 +611,16 @@ def _read_dicom(content: bytes) -> np.ndarray:
     if pixels.ndim == 3:
         return np.array(Image.fromarray(_to_8_bit(pixels)).convert("L"))
 
-    def number(keyword, default):  # TRAP: an element that is there but empty is None, not absent
-        value = file.get(keyword)
-        return default if value in (None, "") else value
-
-    padding = number("PixelPaddingValue", None)
-    if padding is not None:  # TRAP: padding lies outside of the range of the film
-        ends = np.array([padding, number("PixelPaddingRangeLimit", padding)])
+    padding = file.get("PixelPaddingValue")  # TRAP: an element that is empty is None, not absent
+    if padding not in (None, ""):  # TRAP: padding lies outside of the range of the film
+        limit = file.get("PixelPaddingRangeLimit")
+        ends = np.array([padding, padding if limit in (None, "") else limit])
         low, high = np.sort(ends.astype(pixels.dtype))  # their sign may be written wrongly
         film = pixels[(pixels < low) | (pixels > high)]
         pixels = pixels.clip(film.min(), film.max()) if film.size else pixels
-    pixels = pixels * np.float32(number("RescaleSlope", 1))
-    pixels = pixels + np.float32(number("RescaleIntercept", 0))
-    if number("BitsStored", 16) <= 8 and 0 <= pixels.min() and pixels.max() <= 255:
+    pixels = pixels * np.float32(file.get("RescaleSlope") or 1)
+    pixels = pixels + np.float32(file.get("RescaleIntercept") or 0)
+    if (file.get("BitsStored") or 16) <= 8 and 0 <= pixels.min() and pixels.max() <= 255:
         pixels = pixels.astype(np.uint8)
     pixels = _to_8_bit(pixels)
     return 255 - pixels if file.PhotometricInterpretation == "MONOCHROME1" else pixels
@@ -680,7 +663,7 @@ def resize(image: np.ndarray, size: int, method=Image.BICUBIC) -> np.ndarray:
 # ---- Labels (paper 2.1): file -> (patient, findings) ----
 
 NO_FINDING = "No Finding"  # a statement about all labels, not a label of its own
-MIMIC_LEFT_OUT = {NO_FINDING, "Lung Opacity", "Support Devices"}  # common, but no diagnoses
+NO_DIAGNOSES = {NO_FINDING, "Lung Opacity", "Support Devices"}  # MIMIC's; not among the seven
 
 
 def read_labels(path) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -688,7 +671,7 @@ def read_labels(path) -> dict[str, tuple[str, tuple[str, ...]]]:
     columns are ignored, patient or labels may be missing), NIH ChestX-ray14's Data_Entry CSV, or a
     folder with MIMIC-CXR's CSVs. Files are named as by `plain_name`."""
     if Path(path).is_dir():
-        return {plain_name(name): row for name, row in mimic_labels(path).items()}
+        return mimic_labels(path)
     table = {}
     for row in _csv_rows(path):
         row = {name.lower(): value.strip() for name, value in row.items()}
@@ -706,33 +689,24 @@ def read_labels(path) -> dict[str, tuple[str, tuple[str, ...]]]:
     return table
 
 
-def mimic_labels(folder, findings=None, prevalence: float = 0.04) -> dict:
+def mimic_labels(folder) -> dict[str, tuple[str, tuple[str, ...]]]:
     """MIMIC-CXR-JPG's …metadata.csv[.gz] and …chexpert.csv[.gz] in `folder` -> {dicom_id: (subject,
-    labels)} of the frontal views (AP, PA).
+    labels)} of the frontal views (AP, PA). Which findings count is chosen when they are used.
 
-    findings: the labels to keep; default: the diagnoses present in at least `prevalence` of all
-    frontal views of the tables, which are the paper's seven.
     CHOICE: an uncertain label (-1) counts as absent, as does an empty one.
     """
     tables = [sorted(Path(folder).rglob(f"*{kind}.csv*")) for kind in ("metadata", "chexpert")]
     if not all(tables):
         raise UserError(f"{folder}: found not both of mimic-cxr-2.0.0-metadata.csv.gz and "
                         "mimic-cxr-2.0.0-chexpert.csv.gz, which MIMIC-CXR needs")
-    present = {row["study_id"]: {name for name, value in row.items() if value in ("1", "1.0")}
-               for row in _csv_rows(tables[1][0])}
+    present = {}
+    for row in _csv_rows(tables[1][0]):
+        study = row.pop("study_id")
+        row.pop("subject_id", None)
+        present[study] = sorted(name for name, value in row.items() if value in ("1", "1.0"))
     frontal = [row for row in _csv_rows(tables[0][0]) if row["ViewPosition"] in ("AP", "PA")]
-    if findings is None:
-        counts = Counter()
-        for row in frontal:
-            counts.update(present.get(row["study_id"], ()))
-        common = {name for name in counts if counts[name] >= prevalence * len(frontal)}
-        findings = common - MIMIC_LEFT_OUT - {"subject_id", "study_id"}
-    table = {}
-    for row in frontal:
-        if row["study_id"] in present:
-            labels = sorted(present[row["study_id"]].intersection(findings))
-            table[row["dicom_id"]] = (row["subject_id"], tuple(labels))
-    return table
+    return {plain_name(row["dicom_id"]): (row["subject_id"], tuple(present[row["study_id"]]))
+            for row in frontal if row["study_id"] in present}
 
 
 def is_mimic_test(key: str) -> bool:
@@ -836,21 +810,21 @@ def balanced_subsets(labels, sizes, seed: int = 0) -> dict[int, np.ndarray]:
     names = sorted(label_names(labels), key=lambda name: (counts[name], name))
     subsets = {}
     drawn = []
-    message = "no image carries a label"
+    problem = "no image carries a label"
     for n in sorted(sizes if names else ()):
         more = _draw_in_turns(labels, names, drawn, n, seed, is_sparing=False)
         if len(more) < n:
             more = _draw_in_turns(labels, names, drawn, n, seed, is_sparing=True)
-            name = names[len(more) % len(names)]
-            message = f"balanced subset of {n}: images that hold a rarer label were drawn last"
-            if len(more) < n:
-                message = f"no balanced subset of {n}: {name!r} ran out after {len(more)} draws"
-            note(message)
+            note(f"balanced subset of {n}: images that hold a rarer label are drawn last")
         if len(more) == n:
             drawn = more
             subsets[n] = np.array(drawn)
+        else:
+            name = names[len(more) % len(names)]
+            problem = f"no balanced subset of {n}: {name!r} ran out after {len(more)} draws"
+            note(problem)
     if not subsets:
-        raise UserError(f"{len(labels)} images: {message}")
+        raise UserError(f"{len(labels)} images: {problem}")
     return subsets
 
 
@@ -1038,6 +1012,7 @@ INDEX = "index.safetensors"
 WINDOW = 8  # CHOICE: shards within which images are permuted; also what a remote cache keeps
 TRIES = 3   # of fetching a remote shard, with a pause between
 TEXTS = ("key", "patient", "provider", "labels")
+MEMBER = re.compile(rf"(.*?)\.(mask\.png|json|{'|'.join(PICTURES).replace('.', '')})", re.I | re.S)
 PARTS = ("image", "mask", "info")  # (offset, length) of each in the shard; (0, 0): there is none
 
 
@@ -1054,15 +1029,13 @@ class Sample:
     extra: dict = field(default_factory=dict)
 
 
-def write_shard(path, samples, quality: int | None = None) -> None:
-    """Samples (any iterable) -> one tar, whole or absent; equal samples give equal bytes.
-    quality: of JPEG; None is PNG."""
+def write_shard(path, samples) -> None:
+    """Samples (any iterable) -> one tar, whole or absent; equal samples give equal bytes."""
     with whole(path) as partial, tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as tar:
         for sample in samples:
             info = {"file": sample.key, "patient": sample.patient, "provider": sample.provider,
                     "labels": list(sample.labels), "size": len(sample.image), **sample.extra}
-            parts = {"json": json.dumps(info).encode()}
-            parts["png" if quality is None else "jpg"] = encode(sample.image, quality)
+            parts = {"json": json.dumps(info).encode(), "png": encode(sample.image)}
             if sample.mask is not None:
                 parts["mask.png"] = encode(sample.mask)
             for suffix, content in parts.items():
@@ -1071,13 +1044,12 @@ def write_shard(path, samples, quality: int | None = None) -> None:
                 tar.addfile(member, io.BytesIO(content))
 
 
-def encode(image: np.ndarray, quality: int | None = None) -> bytes:
-    """uint8 (H, W) -> the bytes of a PNG, or of a JPEG of this quality."""
+def encode(image) -> bytes:
+    """An array uint8 (H, W[, 3]) or a PIL image -> the bytes of a PNG."""
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(np.asarray(image))
     buffer = io.BytesIO()
-    if quality is None:  # level 2 is five times as fast as Pillow's 6, for 15 % more bytes
-        Image.fromarray(image).save(buffer, "PNG", compress_level=2)
-    else:
-        Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "PNG", compress_level=2)  # five times as fast as 6, for 15 % more bytes
     return buffer.getvalue()
 
 
@@ -1090,37 +1062,31 @@ def tar_members(tar: tarfile.TarFile):
 
 
 def scan_shard(path) -> tuple[np.ndarray, str]:
-    """A tar -> rows of an index, and what is wrong with it, or "".
-
-    A key ends at the last dot of a file's name; the picture key.png wins over others of its key.
-    Only our own JSON is believed, and a mask only beside it.
-    """
+    """A tar -> rows of an index, and what is wrong with it, or "". A key ends at the last dot; the
+    picture key.png wins over others. Only our own JSON is believed, and a mask only beside it."""
     found = {"image": {}, "mask": {}, "info": {}}
     problem = ""
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in filter(tarfile.TarInfo.isreg, tar_members(tar)):
-                key, _, suffix = member.name.rpartition(".")
-                part = "info" if suffix == "json" else "image"
-                if member.name.endswith(".mask.png"):
-                    part = "mask"
-                    key = key.removesuffix(".mask")
-                elif part == "image" and not SUFFIX.search(member.name):
-                    continue
-                if part != "image" or suffix == "png" or key not in found[part]:
-                    found[part][key] = (member.offset_data, member.size)
+            for member in tar_members(tar):
+                name = MEMBER.fullmatch(member.name)
+                if name and member.isreg():
+                    key, suffix = name.groups()
+                    part = {"mask.png": "mask", "json": "info"}.get(suffix, "image")
+                    if suffix == "png" or key not in found[part]:
+                        found[part][key] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         problem = first_line(error)
     rows = []
+    nowhere = (0, 0)
     with open(path, "rb") as file:
         for key, span in found["image"].items():
-            info = read_info(read_span(file, found["info"].get(key, (0, 0))))
-            spans = [found[part].get(key, (0, 0)) if info else (0, 0) for part in PARTS[1:]]
-            texts = [key, *(info.get(name, "") for name in TEXTS[1:3])]
-            texts.append("|".join(info.get("labels", ())))
-            texts = [text.encode("utf-8", "surrogateescape") for text in texts]
+            info = read_info(read_span(file, found["info"].get(key, nowhere)))
+            spans = [found[part].get(key, nowhere) if info else nowhere for part in PARTS[1:]]
+            texts = [key, info.get("patient", ""), info.get("provider", ""),
+                     "|".join(info.get("labels", ()))]
             if sum(span) <= os.path.getsize(path):
-                rows.append((*texts, span, *spans, info.get("size", 0)))
+                rows.append((*map(os.fsencode, texts), span, *spans, info.get("size", 0)))
     widths = [max([1, *(len(row[k]) for row in rows)]) for k in range(4)]
     return np.array(rows, row_type(widths)), problem
 
@@ -1164,20 +1130,21 @@ def scan_shards(paths: list[Path]) -> dict[str, tuple[int, np.ndarray]]:
 def write_index(path, shards: dict[str, tuple[int, np.ndarray]]) -> None:
     """What `scan_shards` found -> one safetensors file."""
     rows = np.concatenate([part for _, part in shards.values()])
-    info = {"shards": {name: (size, len(part)) for name, (size, part) in shards.items()},
+    info = {"bytes": {name: size for name, (size, _) in shards.items()},
+            "images": {name: len(part) for name, (_, part) in shards.items()},
             "widths": [rows.dtype[name].itemsize for name in TEXTS]}
     save_tensors(path, {"rows": torch.from_numpy(rows.view(np.uint8))}, info)
 
 
-def read_index(path) -> tuple[dict[str, tuple[int, int]], np.ndarray]:
-    """-> {shard: (bytes, images)}, rows, memory-mapped. UserError where the file is damaged."""
+def read_index(path) -> tuple[dict[str, int], dict[str, int], np.ndarray]:
+    """-> {shard: bytes}, {shard: images}, rows (memory-mapped). UserError where it is damaged."""
     tensors, info = load_tensors(path)
     try:
         rows = tensors["rows"].numpy().view(row_type(info["widths"]))
-        shards = {name: (int(size), int(count)) for name, (size, count) in info["shards"].items()}
-        counts = [count for _, count in shards.values()]
-        if min(counts) >= 0 and sum(counts) == len(rows):
-            return shards, rows
+        counts = {name: int(count) for name, count in info["images"].items()}
+        sizes = {name: int(info["bytes"][name]) for name in counts}
+        if min(counts.values()) >= 0 and sum(counts.values()) == len(rows):
+            return sizes, counts, rows
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         pass
     raise UserError(f"{path} is damaged or no index of shards; remove it, and it is made again")
@@ -1188,12 +1155,12 @@ def index_folder(folder) -> None:
     write_index(Path(folder) / INDEX, scan_shards(sorted(Path(folder).glob("*.tar"))))
 
 
-def select_shards(known: dict, rows: np.ndarray, wanted) -> tuple[dict[str, int], np.ndarray]:
-    """Of an index {shard: images} and the rows of the shards in `wanted`."""
-    keep = [name in wanted for name in known]
+def select_shards(counts: dict[str, int], rows: np.ndarray, wanted):
+    """Of an index {shard: images} and its rows: what belongs to the shards in `wanted`."""
+    keep = [name in wanted for name in counts]
     if not all(keep):
-        rows = rows[np.repeat(keep, [count for _, count in known.values()])]
-    return {name: count for name, (_, count) in known.items() if name in wanted}, rows
+        rows = rows[np.repeat(keep, list(counts.values()))]
+    return {name: counts[name] for name in counts if name in wanted}, rows
 
 
 class Texts:
@@ -1206,7 +1173,7 @@ class Texts:
         return len(self.column)
 
     def __getitem__(self, i: int) -> str:
-        return self.column[i].decode("utf-8", "surrogateescape")
+        return os.fsdecode(self.column[i])
 
 
 class Labels(Texts):
@@ -1272,7 +1239,7 @@ class XRays(torch.utils.data.Dataset):
         """Images by key -> {key, with _ for /: uint8 (size, size)}."""
         found = {}
         for key in keys:
-            places = np.flatnonzero(self.rows["key"] == key.encode("utf-8", "surrogateescape"))
+            places = np.flatnonzero(self.rows["key"] == os.fsencode(key))
             if not len(places):
                 raise UserError(f"{self.name}: no key {key!r}; the first is {self.keys[0]}")
             found[key.replace("/", "_")] = torch.from_numpy(self[places[0]])
@@ -1287,9 +1254,11 @@ class XRays(torch.utils.data.Dataset):
     def shard_of(self, i: int) -> str:
         return self.shards[np.searchsorted(self.starts, i, "right") - 1]
 
+    def open(self, shard: str):
+        return self.remote.open(shard) if self.remote else open(shard, "rb")
+
     def _content(self, i: int, part: str) -> bytes:
-        shard = self.shard_of(i)
-        with self.remote.open(shard) if self.remote else open(shard, "rb") as file:
+        with self.open(self.shard_of(i)) as file:
             return read_span(file, self.rows[part][i].tolist())
 
     def _decode(self, i: int, part: str) -> np.ndarray:
@@ -1300,58 +1269,43 @@ class XRays(torch.utils.data.Dataset):
                        f"shard again; data.py check '{self.name}' names all damage")
             raise UserError(message) from None
 
-    def windows(self, seed: int, epoch: int) -> list[np.ndarray]:
-        """The shards in the order of an epoch, WINDOW at a time."""
-        order = np.argsort(hash64(seed, epoch, 1, np.arange(len(self.shards))))
-        return [order[k:k + WINDOW] for k in range(0, len(order), WINDOW)]
-
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """int64 (len,): each image once; shards permuted, images permuted within WINDOW shards."""
-        window = np.empty(len(self.shards), np.int64)
-        for k, shards in enumerate(self.windows(seed, epoch)):
-            window[shards] = k
+        shards = np.argsort(hash64(seed, epoch, 1, np.arange(len(self.shards))))
+        window = np.empty(len(shards), np.int64)
+        window[shards] = np.arange(len(shards)) // WINDOW
         hashes = hash64(seed, epoch, 0, np.arange(len(self)))
         return np.lexsort((hashes, np.repeat(window, np.diff(self.starts))))
 
-    def window_at(self, seed: int, position: int) -> tuple[int, int]:
-        """-> epoch and number of the window in which a position of the endless stream lies."""
-        epoch, within = divmod(position, len(self))
-        counts = np.diff(self.starts)
-        ends = np.cumsum([counts[shards].sum() for shards in self.windows(seed, epoch)])
-        return epoch, int(np.searchsorted(ends, within, "right"))
-
-    def fetch_after(self, seed: int, epoch: int, window: int) -> None:
-        """Fetch the remote shards of the next window. What fails here fails again, aloud, when it
-        is read."""
-        windows = self.windows(seed, epoch)[window + 1:] or self.windows(seed, epoch + 1)
-        for shard in windows[0]:
+    def fetch(self, ids) -> None:
+        """Fetch the remote shards of these images; what fails here fails again when it is read."""
+        for shard in dict.fromkeys(map(self.shard_of, ids)):
             with contextlib.suppress(UserError, OSError):
-                self.remote.open(self.shards[shard]).close()
+                self.open(shard).close()
 
 
 def open_shards(name: str, size: int, paths: list[Path], count=None, seed=None) -> XRays:
     """Local shards, in one folder or several. Their index is the folder's, or one in the cache."""
     folders = defaultdict(dict)
     for path in paths:
-        folders[path.parent][path.name] = path.stat()
+        folders[path.parent][path.name] = path.stat().st_size
     shards = {}
     parts = []
-    for folder, states in folders.items():
-        sizes = {shard: state.st_size for shard, state in states.items()}
+    for folder, sizes in folders.items():
         # TRAP: tars are padded to 10,240 bytes: other shards may well be of the same size.
-        times = [state.st_mtime_ns for state in states.values()]
+        times = [os.stat(folder / shard).st_mtime_ns for shard in sizes]
         cached = cache_folder() / "indices" / digest(str(folder.absolute()), sizes, times)
         with locked(cached):
             for place in (folder / INDEX, cached):
                 with contextlib.suppress(UserError):
-                    known, rows = read_index(place)
-                    if sizes.items() <= {shard: known[shard][0] for shard in known}.items():
+                    known, counts, rows = read_index(place)
+                    if sizes.items() <= known.items():
                         break
             else:
                 write_index(cached, scan_shards([folder / shard for shard in sizes]))
-                known, rows = read_index(cached)
-        found, rows = select_shards(known, rows, sizes)
-        shards |= {str(folder / shard): images for shard, images in found.items()}
+                known, counts, rows = read_index(cached)
+        found, rows = select_shards(counts, rows, sizes)
+        shards |= {str(folder / shard): found[shard] for shard in found}
         parts.append(rows)
     rows = np.concatenate(parts) if len(parts) > 1 else parts[0]
     return XRays(name, size, shards, rows, count, seed=seed)
@@ -1391,31 +1345,37 @@ def open_data(spec: str, size: int, seed: int = 0, count: int | None = None,
     return open_shards(spec, size, paths, count)
 
 
-def _prepared(path: Path, size: int, labels: str | None) -> list[Path]:
-    """The shards of a folder or archive of X-rays, prepared once into the cache."""
-    path = path.absolute()
-    files = [*walk(path).values(), *label_csvs(path)]
-    states = [os.stat(file) for file in files]
-    listing = [(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, states)]
-    folder = cache_folder() / "prepared" / f"{path.name}-{size}px-{digest(listing, labels)}"
+def made_once(folder: Path, make, *arguments) -> list[Path]:
+    """The shards in a folder of the cache, which make(*arguments) fills once on a machine."""
     with locked(folder):
         if not (folder / INDEX).exists():
-            prepare(Prepare(str(path), str(folder), size, labels))
+            make(*arguments)
     return sorted(folder.glob("*.tar"))
 
 
+def _prepared(path: Path, size: int, labels: str | None) -> list[Path]:
+    """The shards of a folder or archive of X-rays; other files, another folder of shards."""
+    path = path.absolute()
+    files = [*walk(path).values(), *label_csvs(path)]
+    listing = [(str(file), os.path.getsize(file), os.path.getmtime(file)) for file in files]
+    folder = cache_folder() / "prepared" / f"{path.name}-{size}px-{digest(listing, labels)}"
+    return made_once(folder, prepare, Prepare(str(path), str(folder), size, labels))
+
+
 def _open_phantoms(size: int, count: int, seed: int) -> XRays:
-    """`count` films of imaginary patients, VISITS each, drawn once on a machine."""
-    text = Path(__file__).read_text(encoding="utf-8")
-    source = next(part for part in text.split("# ---- ") if part.startswith("Phantoms"))
-    folder = cache_folder() / "phantoms" / f"{size}px-{count}-seed{seed}-{digest(source)}"
-    with locked(folder):
-        if not (folder / INDEX).exists():
-            jobs = [(folder / f"shard-{k:06d}.tar", seed, range(k, min(k + 128, count)), size)
-                    for k in range(0, count, 128)]
-            run_jobs(_write_phantoms, jobs, "drawing phantoms")
-            index_folder(folder)
-    return open_shards("phantom", size, sorted(folder.glob("*.tar")), seed=seed)
+    """`count` films of imaginary patients, VISITS each. Their folder's name holds a film with all
+    findings: other lines above, another folder."""
+    film = digest(render_phantom(seed, 0, 0, 64, FINDINGS)[0].tolist(), PREVALENCE)
+    folder = cache_folder() / "phantoms" / f"{size}px-{count}-seed{seed}-{film}"
+    paths = made_once(folder, _draw_phantoms, folder, size, count, seed)
+    return open_shards("phantom", size, paths, seed=seed)
+
+
+def _draw_phantoms(folder: Path, size: int, count: int, seed: int) -> None:
+    jobs = [(folder / f"shard-{k:06d}.tar", seed, range(k, min(k + 128, count)), size)
+            for k in range(0, count, 128)]
+    run_jobs(_write_phantoms, jobs, "drawing phantoms")
+    index_folder(folder)
 
 
 def _write_phantoms(path: Path, seed: int, numbers: range, size: int) -> None:
@@ -1458,17 +1418,15 @@ class Remote:
     def open(self, name: str):
         """The local copy of a shard, open for reading; fetched if it is not there, or not whole."""
         path = self.folder / name
-        while True:
-            with contextlib.suppress(FileNotFoundError):  # dropped in between by another process
-                file = open(path, "rb")
-                if os.path.getsize(path) == self.sizes[name]:
-                    os.utime(path)  # used now: the drop goes by this
-                    return file
-                path.unlink()
-            with locked(path):
-                if not path.exists():
-                    self.fetch(name)
-                    self._drop()
+        with locked(path):  # an open file can be read even if it is dropped
+            is_new = not path.exists() or path.stat().st_size != self.sizes[name]
+            if is_new:
+                self.fetch(name)
+            os.utime(path)  # used now: the drop goes by this
+            file = open(path, "rb")
+        if is_new:
+            self._drop()
+        return file
 
     def fetch(self, name: str) -> None:
         """Bring one file, whole or not at all; UserError after TRIES failures."""
@@ -1489,44 +1447,38 @@ class Remote:
         if self.hub:
             repository, revision, pattern = self.hub
             there = os.path.join(os.path.dirname(pattern), name)
-            os.replace(hub_file(repository, there, revision, "dataset", partial.parent), partial)
+            hub_file(repository, there, revision, "dataset", partial.parent).rename(partial)
             return
         command = self.spec.removeprefix("pipe:").replace("{shard}", name)
         with open(partial, "wb") as file:
             ran = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE)
         if ran.returncode:
-            said = ran.stderr.decode(errors="replace").strip()[-200:]
-            raise OSError(f"exit code {ran.returncode}: {said}")
+            raise OSError(f"exit code {ran.returncode}: {ran.stderr.strip()[-200:]!r}")
 
     def _drop(self) -> None:
-        files = {}
-        for path in self.folder.glob("*.tar"):
-            with contextlib.suppress(FileNotFoundError):
-                files[path] = path.stat()
-        kept = 0
-        newest_first = sorted(files, key=lambda path: -files[path].st_mtime)
-        for k, path in enumerate(newest_first):
-            kept += files[path].st_size
-            if kept > self.limit and k >= 2 * WINDOW:
-                path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process is dropping, too
+            newest = sorted(self.folder.glob("*.tar"), key=os.path.getmtime, reverse=True)
+            kept = np.cumsum([path.stat().st_size for path in newest])
+            for path in np.array(newest)[2 * WINDOW:][kept[2 * WINDOW:] > self.limit]:
+                with locked(path):
+                    path.unlink()
 
 
 def open_remote(spec: str, size: int, count: int | None, cache_gb: float) -> XRays:
     """hf:// or pipe: -> XRays. Shards that lie in the hub's cache are opened there."""
+    if spec.startswith("pipe:") and "{shard}" not in spec:
+        raise UserError(f"--data {spec}: expected {{shard}} where the shard's name goes: "
+                        "'pipe:aws s3 cp s3://BUCKET/{shard} -'")
     remote = Remote(spec, cache_gb)
     pattern = "*"
     if remote.hub:
         repository, revision, pattern = remote.hub
         files = hub_files(repository, revision, "dataset")
-        wanted = fnmatch.filter(files, pattern)
+        wanted = sorted(fnmatch.filter(files, pattern))
         if not wanted:
             raise UserError(f"{spec}: none of its files matches; it holds {sorted(files)[:8]}")
         if all(map(files.get, wanted)):
-            return open_shards(spec, size, [files[name] for name in sorted(wanted)], count)
-        pattern = os.path.basename(pattern)
-    elif "{shard}" not in spec:
-        raise UserError(f"--data {spec}: expected {{shard}} where the shard's name goes: "
-                        "'pipe:aws s3 cp s3://BUCKET/{shard} -'")
+            return open_shards(spec, size, list(map(files.get, wanted)), count)
     index = remote.folder / INDEX
     with locked(index):
         try:
@@ -1536,14 +1488,13 @@ def open_remote(spec: str, size: int, count: int | None, cache_gb: float) -> XRa
                 raise UserError(f"{error}\nWhere the shards are, data.index_folder(folder) makes "
                                 "an index") from None
             note(f"{error}; the index of an earlier run is used")
-    known, rows = read_index(index)
-    for name in known:  # names reach a shell
-        if not re.fullmatch(r"[\w+@=][\w.+@=-]*", name):
-            raise UserError(f"{spec}: its index names a shard {name!r}; expected letters, digits "
-                            "and ._-+@=")
-    remote.sizes = {name: known[name][0] for name in known}
-    shards, rows = select_shards(known, rows, fnmatch.filter(known, pattern))
-    return XRays(spec, size, shards, rows, count, remote)
+    remote.sizes, counts, rows = read_index(index)
+    strange = [name for name in counts if not re.fullmatch(r"[\w+@=][\w.+@=-]*", name)]
+    if strange:  # names reach a shell
+        raise UserError(f"{spec}: its index names a shard {strange[0]!r}; expected letters, digits "
+                        "and ._-+@=")
+    wanted = fnmatch.filter(counts, os.path.basename(pattern))
+    return XRays(spec, size, *select_shards(counts, rows, wanted), count, remote)
 
 
 # ---- prepare and check: any pile of X-rays -> shards (paper 2.1) ----
@@ -1563,8 +1514,6 @@ class Prepare:
     size: int = 512               # pixels a side after cropping and resizing
     labels: str | None = None     # CSV file,patient,labels (| between), NIH's CSV, MIMIC's folder
     provider: str | None = None   # name of the data provider; default: the source's name
-    format: str = "png"           # png (lossless) or jpg
-    quality: int = 95             # of jpg
     per_shard: int = 1000         # images a shard, at most
     workers: int | None = None    # processes; default: one a core
     offline: bool = False         # hf:// from the hub's cache alone
@@ -1638,19 +1587,18 @@ def find_pictures(source: str, out: Path) -> tuple[dict[str, str], dict[str, str
         files = {name: files[name] or hub_file(repository, name, revision, "dataset")
                  for name in progress(fnmatch.filter(files, pattern), "fetching", unit=" files")}
     elif root.exists():
-        files = walk(root, out.absolute())
+        files = walk(root, out)
     else:
         raise UserError(f"{source}: no such folder or file; expected X-rays, a zip or a tar")
     for name in list(filter(ARCHIVES.search, files)):
-        archive = files.pop(name)
+        archive = str(files.pop(name))
         folder = ARCHIVES.sub("", name) + "/"
         if any(other.startswith(folder) for other in files):
             note(f"{name} lies beside a folder of its name and is left out")
             continue
-        prefix = "" if str(archive) == str(root) else folder
-        files |= unpack(str(archive), name, prefix, out / ".unpacked", problems)
-    files = {name: str(files[name]) for name in sorted(files) if _is_picture(name, files[name])}
-    return files, problems
+        prefix = "" if archive == str(root) else folder
+        files |= unpack(archive, name, prefix, out / ".unpacked", problems)
+    return {name: files[name] for name in sorted(files) if _is_picture(name, files[name])}, problems
 
 
 def _is_picture(name: str, path) -> bool:
@@ -1760,21 +1708,18 @@ def lung_mask(masks: list[np.ndarray]) -> np.ndarray:
 def prepare(s: Prepare) -> None:
     """Turn any pile of X-rays into tar shards and an index. The same command again goes on where it
     was stopped."""
-    if s.format not in ("png", "jpg") or s.per_shard < 1 or not 1 <= s.size < 2**15:
-        raise UserError(f"found --format {s.format} --per-shard {s.per_shard} --size {s.size}, "
-                        "expected png or jpg, and sizes of at least 1")
-    out = Path(s.out).expanduser()
-    shutil.rmtree(out / ".unpacked", ignore_errors=True)
-    with locked(cache_folder() / "prepared" / digest(str(out.absolute()))):
+    if s.per_shard < 1 or not 1 <= s.size < 2**15:
+        raise UserError(f"found --per-shard {s.per_shard} --size {s.size}, expected at least 1")
+    out = Path(s.out).expanduser().absolute()
+    with locked(cache_folder() / "prepared" / digest(str(out))):
+        shutil.rmtree(out / ".unpacked", ignore_errors=True)
         rows, unreadable = plan(s, out)
-        files = [(list(paths), *row) for _, paths, *row in rows]
-        recipe = dataclasses.asdict(s) | {"source": os.path.abspath(s.source), "out": "",
-                                          "labels": s.labels and os.path.abspath(s.labels),
-                                          "workers": 0, "offline": False, "files": digest(files)}
+        recipe = {"source": os.path.abspath(s.source), "size": s.size, "provider": s.provider,
+                  "per_shard": s.per_shard, "files": digest(rows)}
         file = out / "prepare.json"
         known = read_json(file) if file.exists() else recipe
-        changed = [f"{name} was {known.get(name)!r}, is {value!r}"
-                   for name, value in recipe.items() if known.get(name) != value]
+        changed = [f"{name} was {known.get(name)!r}, is {recipe[name]!r}"
+                   for name in recipe if known.get(name) != recipe[name]]
         if changed:
             raise UserError(f"{out} holds shards made otherwise: {'; '.join(changed)}. Give "
                             "another --out, or remove that folder")
@@ -1786,23 +1731,23 @@ def prepare(s: Prepare) -> None:
         missing = [job for job in jobs if not job[0].exists()]
         run_jobs(_prepare_shard, missing, f"preparing {s.source}", s.workers)
         shutil.rmtree(out / ".unpacked", ignore_errors=True)
-        for file in sorted(out.glob("shard-*.unreadable.json")):
+        for file in out.glob("shard-*.unreadable.json"):
             unreadable |= read_json(file)
         if unreadable:
             write_json(out / "unreadable.json", unreadable)
-            name, reason = next(iter(unreadable.items()))
+            name = min(unreadable)
             note(f"{len(unreadable):,} files could not be read; {out / 'unreadable.json'} names "
-                 f"them. The first, {name}: {reason}")
+                 f"them. The first, {name}: {unreadable[name]}")
         index_folder(out)
-        images = len(read_index(out / INDEX)[1])
-        print(f"{images:,} images in {len(jobs)} shards with their index: {out}/")
+        images = len(read_index(out / INDEX)[2])
         if not images:
             raise UserError(f"{s.source}: no readable X-ray among {len(rows):,} files")
+        print(f"{images:,} images in {len(jobs)} shards with their index: {out}/")
 
 
 def plan(s: Prepare, out: Path) -> tuple[list[tuple], dict[str, str]]:
-    """-> for each image in a fixed order (name, {name: path} of it and its masks, key, patient,
-    labels), and {name: why it is not read}."""
+    """-> (key, {name: path} of the image and its masks, patient, labels) of each image, in a fixed
+    order, and {name: why it is not read}."""
     files, problems = find_pictures(s.source, out)
     names, masks = pair_masks(files)
     if not names:
@@ -1817,57 +1762,55 @@ def plan(s: Prepare, out: Path) -> tuple[list[tuple], dict[str, str]]:
                 raise
             note(f"skipped: {error}")
     found = match_labels(table, names, os.path.abspath(s.source))
+    matched = len(found) - found.count(None)
     if table:
-        matched = len(found) - found.count(None)
         note(f"labels of {s.source}: matched {matched:,} of {len(names):,} images")
-        if not matched:
-            raise UserError(f"none of the {len(table):,} files that the labels name, such as "
-                            f"{next(iter(table))}, is among the images, such as {names[0]}")
-    rows = []
-    keys = set()
-    is_mimic = s.labels is not None and os.path.isdir(s.labels)
+    if table and not matched:
+        raise UserError(f"none of the {len(table):,} files that the labels name, such as "
+                        f"{next(iter(table))}, is among the images, such as {names[0]}")
+    rows = {}
     for name, row in zip(names, found):
-        key = re.sub(r"[^\w/-]+", "_", SUFFIX.sub("", name)).strip("/")
-        if key in keys:
-            key = f"{key}-{digest(name)}"
-        keys.add(key)
+        if row is None and s.labels and os.path.isdir(s.labels):
+            continue  # MIMIC's tables name the frontal views alone
         patient, labels = row or ("", ())
         if name in masks:  # such sets have an image a patient
             patient = patient or _stem(name)
-        if row or not is_mimic:  # MIMIC's tables name the frontal views alone
-            paths = {part: files[part] for part in [name, *masks.get(name, ())]}
-            rows.append((name, paths, key, patient, labels))
-    return rows, problems
+        key = re.sub(r"[^\w/-]+", "_", SUFFIX.sub("", name)).strip("/")
+        if key in rows:
+            key = f"{key}-{digest(name)}"
+        pictures = {part: str(files[part]) for part in [name, *masks.get(name, ())]}
+        rows[key] = (key, pictures, patient, labels)
+    return list(rows.values()), problems
 
 
 def _prepare_shard(path: Path, rows: list[tuple], s: Prepare) -> None:
-    write_shard(path, _read_samples(path, rows, s), s.quality if s.format == "jpg" else None)
+    write_shard(path, _read_samples(path, rows, s))
 
 
 def _read_samples(path: Path, rows: list[tuple], s: Prepare):
-    """The images of one shard, read and cropped; at the end a file beside it names what cannot be
-    read, so that a shard that is there has its names there."""
+    """The images of one shard, cropped; then a file beside it names those that cannot be read."""
     unreadable = {}
     provider = s.provider or Path(s.source).absolute().name.split(".")[0]
-    for name, files, key, patient, labels in rows:
-        pictures = []
-        for picture, file in files.items():  # the image, then its masks
+    for key, files, patient, labels in rows:
+        pictures = {}
+        for name, file in files.items():  # the image, then its masks
             try:
-                pictures.append(load_image(file, picture))
+                pictures[name] = load_image(file, name)
             except Unreadable as error:
-                unreadable[picture] = str(error)
-        if name in unreadable:
+                unreadable[name] = str(error)
+        name = next(iter(files))
+        if name not in pictures:
             continue
-        image, *masks = pictures
+        image = pictures.pop(name)
         part = square(image)
         lungs = []
-        for mask in masks:
+        for mask in pictures.values():
             mask = Image.fromarray(mask > mask.max() // 2)  # SCR's masks have half the size
             mask = np.array(mask.resize(image.shape[::-1], Image.NEAREST), np.uint8)
             lungs.append(resize(mask[part], s.size, Image.NEAREST) > 0)
-        mask = lung_mask(lungs) if 1 < len(pictures) == len(files) else None
-        image = resize(image[part], s.size)
-        yield Sample(key, image, patient, provider, labels, mask, {"file": name})
+        mask = lung_mask(lungs) if 0 < len(lungs) == len(files) - 1 else None
+        yield Sample(key, resize(image[part], s.size), patient, provider, labels, mask,
+                     {"file": name})
     if unreadable:
         write_json(path.with_suffix(".unreadable.json"), unreadable)
 
@@ -1875,13 +1818,13 @@ def _read_samples(path: Path, rows: list[tuple], s: Prepare):
 def check(s: Check) -> None:
     """Read every image of a set, say what is wrong; UserError where anything is."""
     ds = open_data(s.data, 64)
-    jobs = [(shard, ds.remote, ds.rows[start:stop])
-            for shard, start, stop in zip(ds.shards, ds.starts, ds.starts[1:])]
+    jobs = [(XRays(ds.name, 64, {shard: stop - start}, ds.rows[start:stop], remote=ds.remote),)
+            for shard, start, stop in zip(ds.shards, ds.starts, ds.starts[1:]) if stop > start]
     problems = list(itertools.chain(*run_jobs(_check_shard, jobs, f"checking {s.data}", s.workers)))
     twice = len(ds) - len(set(ds.rows["key"].tolist()))
     if twice:
         problems.append(f"{twice} images have the key of another one")
-    for folder in sorted({Path(shard).parent for shard in ds.shards}):
+    for folder in {Path(shard).parent for shard in ds.shards}:
         with contextlib.suppress(UserError):
             gone = [name for name in read_index(folder / INDEX)[0] if not (folder / name).exists()]
             problems += [f"{folder / name}: missing, but in {INDEX}" for name in gone]
@@ -1891,19 +1834,19 @@ def check(s: Check) -> None:
     print(f"{s.data}: {len(ds):,} images, all readable")
 
 
-def _check_shard(shard: str, remote, rows: np.ndarray) -> list[str]:
-    with remote.open(shard) if remote else open(shard, "rb") as file:
+def _check_shard(ds: XRays) -> list[str]:
+    """What is wrong with a set of one shard."""
+    with ds.open(ds.shards[0]) as file:
         found, problem = scan_shard(file.name)
-        problems = [f"{shard}: {problem}"] if problem else []
-        if found["image"].tolist() != rows["image"].tolist():
-            problems.append(f"{shard}: {len(found)} images, not the {len(rows)} of its index")
-        for row in rows:
-            for part in ("image", "mask"):
-                try:
-                    if row[part][1]:
-                        decode(read_span(file, row[part].tolist()), os.fsdecode(row["key"]))
-                except Unreadable as error:
-                    problems.append(f"{shard}: {error}")
+    if found["image"].tolist() != ds.rows["image"].tolist():
+        problem += f" {len(found)} images, not the {len(ds)} of its index"
+    problems = [f"{ds.shards[0]}: {problem}"] if problem else []
+    for i in range(len(ds)):
+        try:
+            ds[i]
+            ds.mask(i)
+        except UserError as error:
+            problems.append(str(error))
     return problems
 
 
@@ -1920,39 +1863,48 @@ def batches(ds, batch: int, start_step: int = 0, seed: int = 0, rank: int = 0, w
     """
     micro_batch = micro_batch or batch // world
     assert batch % (world * micro_batch) == 0, (batch, world, micro_batch)
-    places = _places(ds, batch, start_step, seed, rank, world, micro_batch)
+    stream = Stream(ds, seed)
+    places = _places(stream, batch, start_step, rank, world, micro_batch)
     reader = _Reader(ds, read)
     options = {}
     if workers:
         first = next(places)
         places = itertools.chain([first], places)
-        workers, ahead = fit_shared_memory(workers, len(pickle.dumps(reader[first])))
+        workers = fit_shared_memory(workers, len(pickle.dumps(reader[first])))
     if workers:
-        options = {"num_workers": workers, "prefetch_factor": ahead,
-                   "worker_init_fn": _start_reader, "multiprocessing_context": "fork"}
+        options = {"multiprocessing_context": "fork", "worker_init_fn": _start_reader}
     # TRAP: without its own generator a DataLoader draws from the global one: resuming shifts it.
     loader = torch.utils.data.DataLoader(
-        reader, sampler=places, batch_size=None, generator=torch.Generator(),
+        reader, sampler=places, batch_size=None, generator=torch.Generator(), num_workers=workers,
         pin_memory=torch.cuda.is_available(), **options)
-    window = None
+    ahead = WINDOW * len(ds) // len(ds.shards)  # images until the next window, whose shards come
     for item in loader:
         if isinstance(item, UserError):
             raise item
-        now = ds.window_at(seed, item[0] * batch) if ds.remote else None
-        if now != window:  # threads start after the workers were forked
-            threading.Thread(target=ds.fetch_after, args=(seed, *now), daemon=True).start()
-            window = now
+        if ds.remote:  # threads start after the workers were forked
+            coming = stream[item[0] * batch + ahead + np.arange(batch)]
+            threading.Thread(target=ds.fetch, args=(coming,), daemon=True).start()
         yield item
 
 
-def _places(ds, batch, start_step, seed, rank, world, micro_batch):
+class Stream:
+    """stream[places] -> ids of the images at these places of the epochs of `seed`, end to end."""
+
+    def __init__(self, ds, seed: int):
+        self.count = len(ds)
+        self.order = functools.lru_cache(3)(functools.partial(ds.order, seed))
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        return np.array([self.order(place // self.count)[place % self.count]
+                         for place in places.tolist()])
+
+
+def _places(stream: Stream, batch, start_step, rank, world, micro_batch):
     """(step, ids) of each micro-batch of this rank."""
     share = batch // world
-    order = functools.lru_cache(2)(functools.partial(ds.order, seed))
     for step in itertools.count(start_step):
-        at = step * batch + rank * share + np.arange(share)  # in the endless stream
-        ids = [order(place // len(ds))[place % len(ds)] for place in at.tolist()]
-        for part in np.reshape(ids, (-1, micro_batch)):
+        ids = stream[step * batch + rank * share + np.arange(share)]
+        for part in ids.reshape(-1, micro_batch):
             yield step, part
 
 
@@ -1960,16 +1912,14 @@ class _Reader(torch.utils.data.Dataset):
     """Reads a micro-batch. Errors travel as values: the user sees one line, no traceback."""
 
     def __init__(self, ds, read):
-        self.ds = ds
-        self.read = read
+        self.read = read or (lambda ids, step: ds.read(ids))
 
     def __getitem__(self, place):
         step, ids = place
         try:
-            item = self.read(ids, step) if self.read else self.ds.read(ids)
+            return step, torch.from_numpy(ids), self.read(ids, step)
         except (UserError, OSError) as error:
             return UserError(str(error))
-        return step, torch.from_numpy(ids), item
 
 
 def _start_reader(worker: int) -> None:
@@ -1979,17 +1929,16 @@ def _start_reader(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def fit_shared_memory(workers: int, item_bytes: int) -> tuple[int, int]:
-    """-> workers, and batches that each reads ahead, so that all fit into /dev/shm. TRAP: a
+def fit_shared_memory(workers: int, item_bytes: int) -> int:
+    """-> the workers whose batches fit into /dev/shm: two of each, and two with the caller. TRAP: a
     DataLoader whose batches do not fit waits for ever, or dies of a bus error."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    room = int(0.8 * free_shared_memory() / ranks / item_bytes) - 2  # two are with the caller
-    if room >= 2 * workers:
-        return workers, 2
-    fitting = max(min(workers, room), 0)
-    note(f"/dev/shm has room for {max(room, 0)} batches of {item_bytes:,} bytes: {fitting} of "
-         f"{workers} workers read ahead, one batch each; in Docker, --shm-size gives more room")
-    return fitting, 1
+    fitting = int(0.8 * free_shared_memory() / ranks / item_bytes / 2) - 1
+    if fitting >= workers:
+        return workers
+    note(f"/dev/shm has room for {max(fitting, 0)} of {workers} workers with batches of "
+         f"{item_bytes:,} bytes; in Docker, --shm-size gives more room")
+    return max(fitting, 0)
 
 
 def free_shared_memory() -> float:
@@ -2060,29 +2009,30 @@ def grid(images, columns: int, captions=None, row_titles=None, title=None) -> Im
     pitch = side + (line if captions else 4)
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (left + columns * (side + 4), top + rows * pitch), "white")
-    texts = [(4, 4, sheet.width, title or "")]
+    draw_text = functools.partial(write_text, ImageDraw.Draw(sheet), font)
+    draw_text(4, 4, sheet.width, title or "")
     for k, tile in enumerate(tiles):
         y, x = divmod(k, columns)
-        place = (left + x * (side + 4), top + y * pitch)
-        sheet.paste(tile.resize((tile.width * zoom, tile.height * zoom), Image.NEAREST), place)
-        texts += [(place[0], place[1] + side, side, text) for text in (captions or ())[k:k + 1]]
+        x = left + x * (side + 4)
+        y = top + y * pitch
+        sheet.paste(tile.resize((tile.width * zoom, tile.height * zoom), Image.NEAREST), (x, y))
+        draw_text(x, y + side, side, captions[k] if captions else "")
     for k, text in enumerate(row_titles or ()):
-        texts.append((4, top + k * pitch + side // 2, side - 8, text))
-    for x, y, room, text in texts:
-        text = str(text)
-        while font.getlength(text) > room:
-            text = text.rstrip("…")[:-1] + "…"
-        ImageDraw.Draw(sheet).text((x, y), text, "black", font)
+        draw_text(4, top + k * pitch + side // 2, side - 8, text)
     return sheet
+
+
+def write_text(drawing, font, x: int, y: int, room: int, text) -> None:
+    """A text at x, y; what is longer than `room` pixels ends in …."""
+    text = str(text)
+    while font.getlength(text) > room:
+        text = text.rstrip("…")[:-1] + "…"
+    drawing.text((x, y), text, "black", font)
 
 
 def save_png(path, image) -> None:
     """A PIL image or an array uint8 (H, W[, 3]) as PNG, whole or absent."""
-    buffer = io.BytesIO()
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(np.asarray(image))
-    image.save(buffer, "PNG")
-    write_file(path, buffer.getvalue())
+    write_file(path, encode(image))
 
 
 if __name__ == "__main__":

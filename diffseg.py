@@ -33,8 +33,8 @@ from data import UserError
 class Aggregator:
     """What `aggregate` does, without keeping the maps: the UNet's `maps=`, then `result()`.
 
-    TRAP: eight heads at 64 x 64 are 537 MB a layer, and SD1.5 has five such layers. Each map is
-    averaged over its heads as it arrives and added to its resolution's sum: 67 MB for 512 px.
+    TRAP: eight heads at 64 x 64 are 537 MB a layer: each map is averaged over its heads as it
+    arrives and added to its resolution's sum, 67 MB for 512 px.
     """
 
     def __init__(self, skip: int = 0):
@@ -69,8 +69,7 @@ def aggregate(maps: list[Tensor]) -> Tensor:
     """Self-attention maps (B, heads, hw, hw) of any resolutions -> A (B, S*S, S*S), rows sum to 1.
 
     S is the largest side. Mean over heads and over the maps of a resolution; bilinear to S x S over
-    the last axes, renormalised, repeated over the first; resolutions weighted by their side. In
-    float32 (float64 stays float64), on the device of the maps.
+    the last axes, renormalised, repeated over the first; resolutions weighted by their side.
     """
     total = Aggregator()
     for probabilities in maps:
@@ -84,8 +83,8 @@ def aggregate(maps: list[Tensor]) -> Tensor:
 def anchors(S: int, grid: int) -> Tensor:
     """Flat indices of grid x grid pixels of an S x S map, evenly spaced and centred; at most all.
 
-    S = 64 and grid = 16 give 1, 5, …, 61 [Tian 2023]. Where that step, rounded down, would leave
-    out a rim wider than itself (S = 28: 6, 7, …, 21), the positions are rounded instead.
+    S = 64 and grid = 16 give 1, 5, …, 61 [Tian 2023]. Where that step, rounded down, leaves out a
+    rim wider than itself (S = 28: 6, 7, …, 21), the positions are rounded instead.
     """
     if grid < 1:
         raise UserError(f"found a grid of {grid}, expected at least 1 anchor a side")
@@ -102,8 +101,8 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     """Symmetric KL ½(KL(p‖q) + KL(q‖p)) of each row of p (M, N) with each of q (K, N) -> (M, K).
 
     ½ Σ (p - q)(log p - log q) = ½ (Σ p log p + Σ q log q - p·log q - log p·q): two matrix products
-    in place of the definition's (M, K, N) tensor, 17 GB for 256 anchors at 64 x 64. Logarithms are
-    relative to the uniform distribution (rows sum to 1): float32 then keeps six decimals.
+    instead of 17 GB for 256 anchors at 64 x 64. Logarithms are relative to the uniform
+    distribution (rows sum to 1): float32 then keeps six decimals.
     """
     if p.is_cuda:  # TRAP: where TF32 is allowed, float32 products are off by more than 0.05
         p = p.double()
@@ -115,8 +114,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def mean_of(near: Tensor, maps: Tensor) -> Tensor:
-    """near bool (K, N), maps (N, S²) -> (K, S²): the mean of the maps that are near."""
-    weight = near.to(maps)
+    weight = near.to(maps)  # bool (K, N) and maps (N, S²) -> (K, S²)
     return weight @ maps / weight.sum(1, keepdim=True)
 
 
@@ -124,10 +122,9 @@ def merge(A: Tensor, grid: int = 16, threshold: float | list[float] = 0.05, iter
           first: Tensor | None = None) -> Tensor:
     """A (S*S, S*S) -> K masks (K, S, S), each a distribution over pixels; deterministic.
 
-    grid: anchors a side. threshold: of the symmetric KL, one number or one an iteration. First an
-    anchor becomes the mean of all rows of A nearer than the threshold. Each later iteration walks
-    down the list: an entry that no earlier one has matched becomes the mean of all entries near it.
-    first: divergence(A[anchors(S, grid)], A), where it is at hand.
+    An anchor becomes the mean of all rows of A nearer than the threshold of the symmetric KL (one
+    number or one an iteration). Each later iteration walks down the list: an entry that no earlier
+    one has matched becomes the mean of all near it. first: divergence(A[anchors(S, grid)], A).
     """
     S = math.isqrt(A.shape[0])
     limits = list(threshold) if np.iterable(threshold) else [threshold] * iterations
@@ -141,13 +138,13 @@ def merge(A: Tensor, grid: int = 16, threshold: float | list[float] = 0.05, iter
     for limit in limits[1:]:
         near = (divergence(masks, masks) < limit).fill_diagonal_(True).cpu()
         matched = np.zeros(len(masks), bool)
-        heads = []
+        kept = []
         for k, row in enumerate(near.numpy()):
             if not matched[k]:
-                heads.append(k)
+                kept.append(k)
                 matched |= row
         # CHOICE: a mean takes in what an earlier one has matched too, as in the published code
-        masks = mean_of(near[heads], masks)  # (K, S²)
+        masks = mean_of(near[kept], masks)  # (K, S²)
     return masks.unflatten(1, (S, S))
 
 
@@ -178,8 +175,8 @@ def label(masks: Tensor, size: int) -> Tensor:
 def attention(run, images: Tensor, c: Tensor, t: int = 300, last: int = 0, seeds=None) -> Tensor:
     """images uint8 (B, size, size), tokens c (B, S, N), timestep t -> A (B, S*S, S*S).
 
-    As published, the latent is clean and all maps count. With `seeds`, one an image, the latent has
-    the noise of t; with `last`, so many maps nearest the output count: cleaner in small networks.
+    seeds, one an image: add the noise of t to the latent, which is clean as published. last: only
+    so many maps nearest the output count, cleaner in small networks; 0: all, as published.
     """
     from dinodiff import encode_latents  # here: everything above runs without a run
     zt = encode_latents(run, images)  # (B, 4, h, w), of unit variance
@@ -194,11 +191,9 @@ def attention(run, images: Tensor, c: Tensor, t: int = 300, last: int = 0, seeds
 
 
 def segment(A: Tensor, size: int, grid=16, threshold=0.0, is_refined=False) -> Tensor:
-    """A (S*S, S*S) of one image -> labels (size, size) int64, numbered from 0 by falling area.
-
-    CHOICE: a threshold of 0 becomes 0.45 of the median divergence. Divergences grow tenfold during
-    training and the best threshold with them; this share stayed near the best at every checkpoint.
-    """
+    """A (S*S, S*S) of one image -> labels (size, size) int64, numbered from 0 by falling area."""
+    # CHOICE: a threshold of 0 becomes 0.45 of the median divergence: divergences grow tenfold in
+    # training and the best threshold with them; this share stayed near the best throughout.
     first = divergence(A[anchors(math.isqrt(len(A)), grid).to(A.device)], A)
     masks = merge(A, grid, threshold or max(0.45 * first.median().item(), 1e-6), first=first)
     labels = label(refine(A, masks) if is_refined else masks, size)
@@ -228,7 +223,7 @@ class SegmentPicture:
 
 
 def segment_pictures(settings: SegmentPicture) -> None:
-    """Write overlay, label map (palette PNG, pixel = label) and a mask a segment, by picture."""
+    """Write overlay, label map (palette PNG, pixel = label) and a mask a segment."""
     if not settings.pictures:
         return self_check()
     if not 0 <= settings.timestep < 1000 or settings.last < 0:
@@ -249,7 +244,6 @@ def segment_pictures(settings: SegmentPicture) -> None:
 
 
 def write_segments(stem: Path, image: np.ndarray, labels: np.ndarray) -> None:
-    """image uint8 (S, S), labels int (S, S) -> PNG files whose names begin with `stem`."""
     count = labels.max() + 1
     if count > 256:
         raise UserError(f"{stem.name}: found {count} segments, at most 256 fit: raise --threshold")
@@ -271,9 +265,9 @@ def self_check() -> None:
     regions = torch.zeros(16, 16, dtype=torch.int64)
     regions[4:14, 2:6] = 1
     regions[5:13, 10:14] = 2
-    same = (regions.view(-1, 1) == regions.view(1, -1)) + 0.01  # (256, 256)
-    A = aggregate([(same / same.sum(1, keepdim=True))[None, None]])
-    assert torch.equal(segment(A[0], 16, threshold=0.5), regions), "regions and segments differ"
+    same = (regions.view(-1, 1) == regions.flatten()) + 0.01  # (256, 256)
+    A = same / same.sum(1, keepdim=True)
+    assert torch.equal(segment(A, 16, threshold=0.5), regions), "regions and segments differ"
     print("self-check: attention of three known regions comes back as these regions")
 
 

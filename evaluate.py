@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage, stats
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 import data
 import diffseg
@@ -118,8 +118,8 @@ class Segment(Common):
     checkpoints: str = "all"  # all: a coarse sweep over them picks two | one: that of --step
     coarse: int = 24  # images of each set in the coarse sweep
     timesteps: tuple[int, ...] = (50, 100, 300, 500, 700)  # t; the nearest to 300 is the base
-    thresholds: tuple[float, ...] = (
-        0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5, 1.0)  # tau of merging
+    thresholds: tuple[float, ...] = (  # tau of merging
+        0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5, 1.0)
     grids: tuple[int, ...] = (16,)  # M, anchors a side; the first one is the base
     last: int = 2  # rows from so many attention maps nearest the output, beside those from all
     candidates: str = "parts"  # parts: segments and their connected parts | segments: as published
@@ -182,8 +182,11 @@ def on_all_ranks(rows, batch, compute, desc=""):
     bar = data.progress(parts[rank::world], desc, unit=" batches")
     mine = [np.asarray(compute(part)) for part in bar]
     shares = [mine] * world
-    if world > 1:
-        dist.all_gather_object(shares, mine)
+    try:
+        if world > 1:
+            dist.all_gather_object(shares, mine)
+    except RuntimeError:
+        raise UserError("another rank has ended; its message says why") from None
     found = [shares[k % world][k // world] for k in range(len(parts))]
     return np.concatenate(found) if found else np.empty(0)
 
@@ -245,6 +248,22 @@ class Measurement:
         return data.digest(self.ds.digest, self.ds.seed, self.run.size, *values)
 
 
+def note(notes, text) -> None:
+    """For the results, and to be seen at once."""
+    notes.append(text)
+    if ranks()[0] == 0:
+        data.note(f"note: {text}")
+
+
+def open_run(folder, step, device):
+    """A run whose many samples are worth a compilation, on CUDA."""
+    run = dinodiff.load_run(folder, step, device)
+    if run.device.type == "cuda":
+        run.unet.compile()
+        run.vae.decoder.compile()
+    return run
+
+
 def open_measurement(s, phantom_seed, count, labels=None) -> Measurement:
     """The run at --step, its training images, and the images to measure on.
 
@@ -254,7 +273,7 @@ def open_measurement(s, phantom_seed, count, labels=None) -> Measurement:
     dinodiff.start_ranks(dinodiff.pick_device(s.device))
     folder = Path(s.run_dir or dinodiff.newest_run())
     step = s.step or ("best" if (folder / "best.json").is_file() else "newest")
-    run = dinodiff.load_run(folder, None if step == "newest" else step, s.device)
+    run = open_run(folder, None if step == "newest" else step, s.device)
     notes = ["The step is that of the best FID (best.json); if that was measured on these images, "
              "they chose it."] * (step == "best")
     trained_on = s.train_data or str(run.config["data"])
@@ -263,8 +282,9 @@ def open_measurement(s, phantom_seed, count, labels=None) -> Measurement:
         # TRAP: no command or address of a stranger's config.json is followed.
         if re.match("(pipe|hf):", trained_on) and trained_on not in (s.train_data, s.data):
             raise UserError("to open them, name them with --train-data")
+        if trained_on not in ("phantom", s.train_data, s.data):
+            note(notes, f"Training images: {trained_on}, as config.json says.")
         train = data.open_data(trained_on, run.size, run.config["seed"])
-        notes += [f"Training images: {trained_on}."] * (trained_on != "phantom")
     except (UserError, OSError) as error:
         notes.append(f"The generator's training images ({trained_on[:80]}) are out of reach, so "
                      f"leaks were not looked for: {str(error).splitlines()[0]}.")
@@ -295,7 +315,8 @@ def open_labelled(s) -> Measurement:
                         f"{len(m.test)} to test, expected more of several patients; see --held-out")
     counts = Counter(itertools.chain(*m.ds.labels))
     least = s.prevalence * len(m.ds)
-    common = [name for name in data.label_names(m.ds.labels) if counts[name] >= least]
+    common = [name for name in data.label_names(m.ds.labels)
+              if counts[name] >= least and name not in data.NO_DIAGNOSES]
     m.names = list(s.findings) or common
     if not set(m.names) <= set(counts):
         raise UserError(f"{m.ds.name}: found the findings {sorted(counts)}, expected {m.names}")
@@ -441,7 +462,8 @@ def chart(path, rows, name, x, y, title, labels, is_bars=False) -> str:
             floor = up(0) if is_bars else py
             high = up(row[f"{y}_high"])
             draw.rectangle([px - half, min(py, floor) - 4, px + half, max(py, floor) + 4], colour)
-            draw.line([(px, up(row[f"{y}_low"])), (px, high)], INK, 3)
+            ends = [(px, up(row[f"{y}_low"])), (px, high)]
+            draw.line(ends, INK if is_bars else colour, 3)
             draw.text((px, min(high, floor)), row["mark"], INK, font, "md")
     draw.line([(left, top), (left, bottom), (right, bottom)], INK, 3)
     data.save_png(path, image.resize((900, 520), Image.Resampling.LANCZOS))
@@ -657,9 +679,8 @@ def open_features(m, s):
             failed.append(f"{name}: {error}")
             continue
         if failed:
-            m.notes.append(f"Features: {name}, whose distances do not compare with the paper's "
-                           f"({'; '.join(failed)})")
-            data.note(m.notes[-1])
+            note(m.notes, f"Features: {name}, whose distances do not compare with the paper's "
+                 f"({'; '.join(failed)})")
         return name, embed, net
     raise UserError("; ".join(failed))
 
@@ -874,7 +895,7 @@ def fid(s: Fid) -> None:
     rows = [row("real against real", m.run.step, others, m.ds.read),
             row("VAE round trip", m.run.step, test, round_trip, weights_digest(m.run.vae))]
     for step in m.run.checkpoints if s.checkpoints == "all" else [m.run.step]:
-        run = m.run if step == m.run.step else dinodiff.load_run(m.run.folder, step, s.device)
+        run = m.run if step == m.run.step else open_run(m.run.folder, step, s.device)
         work = functools.partial(reconstruct, m.ds, s, run)
         rows.append(row("reconstruction", step, test, work, name_of(run), s.steps, s.seed))
     curve = {row["step"]: row["fid"] for row in rows[2:]}
@@ -1001,7 +1022,8 @@ def fit(s: Classify, train, val, seed, device, steps_an_epoch=0):
         order = np.concatenate(passes)
         # Near-equal batches: none of one image, which batch norm could not take.
         places = np.array_split(np.arange(shown), count)
-        loader = DataLoader(train, batch_sampler=[order[place].tolist() for place in places])
+        loader = DataLoader(train, batch_sampler=[order[place].tolist() for place in places],
+                            num_workers=8 if device.type == "cuda" else 0)
         for place, (images, targets) in zip(places, loader):
             # Each showing has a number of its own, so each is augmented otherwise.
             x = data.augment(images.to(device), epoch * shown + place, 0, seed)
@@ -1184,10 +1206,10 @@ def plan_folds(m, s, subset, folds, made) -> tuple[list[dict], list[Callable]]:
 def fidelity_sets(strategy, pairs, val) -> dict[str, Pictures]:
     """Synthetic images whose sources the classifier has not seen, by min(r, 1 - r)."""
     rows = pairs.inside(val)[:2000]
-    tenth = (10 * np.minimum(pairs.r, 1 - pairs.r)[rows]).astype(int).clip(max=4)
-    name = "fidelity: {}, r {:.1f}-{:.1f} from the nearer end"
-    return {name.format(strategy, k / 10, (k + 1) / 10): pairs.pictures.take(rows[tenth == k])
-            for k in np.unique(tenth)}
+    is_far = np.minimum(pairs.r, 1 - pairs.r)[rows] > 0.25
+    parts = {"r up to 1/4 from the labelled end": rows[~is_far], "r beyond 1/4": rows[is_far]}
+    return {f"fidelity: {strategy}, {name}": pairs.pictures.take(part)
+            for name, part in parts.items() if len(part)}
 
 
 def train_fold(s, parts, seed, device, steps) -> dict:
@@ -1197,7 +1219,7 @@ def train_fold(s, parts, seed, device, steps) -> dict:
     except UserError as error:
         return {"error": str(error)}
     aucs = {name: macro_auc(net, part, s.size, device) for name, part in parts.items()
-            if name == "test" or name.startswith("fidelity")}
+            if name not in ("train", "val")}
     return history | {name: auc for name, auc in aucs.items() if math.isfinite(auc)}
 
 
@@ -1241,7 +1263,7 @@ def holm(p_values) -> list[float]:
     return adjusted.tolist()
 
 
-EXPERIMENTS = {"real": "real only", "augment": "(a) data augmentation",
+EXPERIMENTS = {"real": "real", "augment": "(a) data augmentation",
                "synthetic": "(b) full synthetic training"}
 
 
@@ -1295,15 +1317,16 @@ def classify_section(rows, out) -> list[str]:
         bars = defaultdict(list)
         for cell in cells:
             bars[cell["experiment"], cell["strategy"]].append(cell)
-        for (experiment, strategy), found in list(bars.items())[1:]:
+        bars.pop(("real", "only"), None)
+        for (experiment, strategy), found in bars.items():
             lines.append(chart(out / f"figure4-{experiment}-{strategy}-{k}.png", found,
                                "{run} 1:{ratio}", "N", "gain", f"{found[0]['title']}, {strategy}",
                                ("N, real images", "change of AUC, %"), is_bars=True))
         fidelity = defaultdict(list)
         for row in part:
             for name in [name for name in row if name.startswith("fidelity")]:
-                fidelity[row["run"], "real test images"].append(row["test"])
                 fidelity[row["run"], name].append(row[name])
+                fidelity[row["run"], "the real test images"].append(row.get("test", math.nan))
         lines += ["Label fidelity: AUC of classifiers trained on real images alone on synthetic "
                   "images of sources that they have not seen.\n", *table([
                       {"run": run, "images": name, "auc": np.mean(aucs), "sd": np.std(aucs)}
@@ -1517,9 +1540,8 @@ def score_image(s, model, key, image, truth, maps) -> list[dict]:
     return rows
 
 
-def sweep(m, s, model, step, t, ids) -> list[dict]:
+def sweep(m, s, model, run, weights, t, ids) -> list[dict]:
     """Rows of each image at each setting, of one model at one checkpoint and t."""
-    run = model.open(step)
     side = run.size // run.vae.config.factor
     batch = max(1, min(16, 2**24 // side**4))  # no more than the maps of one image of 512 px
 
@@ -1532,10 +1554,10 @@ def sweep(m, s, model, step, t, ids) -> list[dict]:
                                images.numpy(), [m.ds.mask(i) for i in some], each)
             return list(itertools.chain(*rows))
 
-    key = m.key(name_of(run), [] if model.c is None else model.c.tolist(), t, ids.tolist(),
+    key = m.key(weights, [] if model.c is None else model.c.tolist(), t, ids.tolist(),
                 s.thresholds, model.grids, s.last, s.candidates, s.refine)
     return cached(m.out, "segment", key, lambda: on_all_ranks(
-        ids, batch, score, f"{model.name}, step {step}, t {t}").tolist())
+        ids, batch, score, f"{model.name}, step {run.step}, t {t}").tolist())
 
 
 def summarise_dice(m, rows, **fields) -> list[dict]:
@@ -1584,15 +1606,12 @@ def segment(s: Segment) -> None:
     rows = floor_rows(m)
     for model in models_of(m, s):
         fixed = m.run.step if m.run.step in model.steps else model.steps[-1]
-        coarse = {}
-        for step in model.steps:
-            coarse[step] = summarise_dice(m, sweep(m, s, model, step, base, np.concatenate(few)),
-                                          model=model.name, step=step, t=base, stage="coarse")
+        coarse = {step: measure(m, s, model, step, [base], np.concatenate(few), "coarse")
+                  for step in model.steps}
         ranked = sorted(coarse, key=lambda step: -best_of(coarse[step])["dice"])
         full = []
-        for step, t in itertools.product(dict.fromkeys([*ranked[:2], fixed]), s.timesteps):
-            full += summarise_dice(m, sweep(m, s, model, step, t, m.test), model=model.name,
-                                   step=step, t=t, stage="full")
+        for step in dict.fromkeys([*ranked[:2], fixed]):
+            full += measure(m, s, model, step, s.timesteps, m.test, "full")
         for maps in dict.fromkeys(row["maps"] for row in full):
             best = best_of(full, maps)
             rule = dict(zip(SETTING, (fixed, base, maps, model.grids[0], None, "rule")))
@@ -1603,6 +1622,17 @@ def segment(s: Segment) -> None:
         if model.name == "this run":
             gallery(m, s, model, best_of(full))
     finish(m, "segment", rows, segment_section)
+
+
+def measure(m, s, model, step, timesteps, ids, stage) -> list[dict]:
+    """Rows of one model at one checkpoint: a row a t, setting, selection and set."""
+    run = model.open(step)
+    weights = name_of(run)
+    rows = []
+    for t in timesteps:
+        rows += summarise_dice(m, sweep(m, s, model, run, weights, t, ids), model=model.name,
+                               step=step, t=t, stage=stage)
+    return rows
 
 
 def floor_rows(m) -> list[dict]:
@@ -1623,7 +1653,7 @@ def gallery(m, s, model, best) -> None:
     run = model.open(best["step"])
     setting = {key: best[key] for key in ("maps", "M", "tau")}
     dice = {row["key"]: row["oracle"] for row in matching(
-        sweep(m, s, model, best["step"], best["t"], m.test), setting)}
+        sweep(m, s, model, run, name_of(run), best["t"], m.test), setting)}
     cells = []
     titles = []
     for name in dict.fromkeys(m.names):
@@ -1870,11 +1900,11 @@ def evaluate_all(s: Everything) -> None:
             function(dataclasses.replace(settings, **changed))
         except UserError as error:
             try:
-                is_alone or dist.monitored_barrier(group)
+                if not is_alone:
+                    dist.monitored_barrier(group)
             except RuntimeError:  # this rank alone has failed: it ends the program
                 raise error from None
-            failed.append(f"{name} was left out: {error}")
-            data.note(failed[-1])
+            note(failed, f"{name} was left out: {error}")
     if len(failed) == len(COMMANDS):
         raise UserError("nothing could be measured: " + "; ".join(failed))
     if ranks()[0] == 0:

@@ -56,14 +56,6 @@ class VAEConfig:
         """Pixels a latent's side stands for: 8 for Stable Diffusion."""
         return 2 ** (len(self.block_out_channels) - 1)
 
-    @classmethod
-    def from_dict(cls, config: dict) -> VAEConfig:
-        """A public config.json -> VAEConfig."""
-        if config.get("act_fn", "silu") != "silu" or config.get("shift_factor"):
-            raise UserError("only act_fn 'silu' without a shift_factor is supported")
-        known = cls.__annotations__
-        return cls(**{k: v for k, v in config.items() if k in known and v is not None})
-
 
 # ---- Building blocks -----------------------------------------------------------------------------
 
@@ -74,8 +66,6 @@ def conv3x3(c_in: int, c_out: int) -> nn.Conv2d:
 
 
 class ResnetBlock(nn.Module):
-    """x (B, C_in, h, w) -> (B, C_out, h, w)."""
-
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
@@ -107,7 +97,7 @@ class Attention(nn.Module):
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
-    """One module after the other, under the names that the checkpoint gives them."""
+    """One module after the other, under the checkpoint's names."""
     return nn.Sequential(OrderedDict(modules))
 
 
@@ -122,7 +112,6 @@ def upsample(width: int) -> nn.Sequential:
 
 
 def make_levels(widths, depth: int, groups: int, name: str, resampler) -> nn.Sequential:
-    """A level of `depth` ResNets for each width; all but the last end with a resampler."""
     blocks = nn.Sequential()
     width = widths[0]
     for i, out in enumerate(widths):
@@ -143,32 +132,6 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-def make_encoder(config: VAEConfig) -> nn.Sequential:
-    """x (B, 3, H, W) -> (B, 2*4, H/8, W/8)."""
-    widths = config.block_out_channels
-    groups = config.norm_num_groups
-    depth = config.layers_per_block
-    return named(
-        conv_in=conv3x3(config.in_channels, widths[0]),
-        down_blocks=make_levels(widths, depth, groups, "downsamplers", downsample),
-        mid_block=MidBlock(widths[-1], groups),
-        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), act=nn.SiLU(),
-        conv_out=conv3x3(widths[-1], 2 * config.latent_channels))
-
-
-def make_decoder(config: VAEConfig) -> nn.Sequential:
-    """z (B, 4, H/8, W/8) -> x (B, 3, H, W)."""
-    widths = config.block_out_channels[::-1]
-    groups = config.norm_num_groups
-    depth = config.layers_per_block + 1
-    return named(
-        conv_in=conv3x3(config.latent_channels, widths[0]),
-        mid_block=MidBlock(widths[0], groups),
-        up_blocks=make_levels(widths, depth, groups, "upsamplers", upsample),
-        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), act=nn.SiLU(),
-        conv_out=conv3x3(widths[-1], config.out_channels))
-
-
 # ---- The VAE (paper 2.2) -------------------------------------------------------------------------
 
 
@@ -178,8 +141,21 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig = VAEConfig()):
         super().__init__()
         self.config = config
-        self.encoder = make_encoder(config)
-        self.decoder = make_decoder(config)
+        widths = config.block_out_channels
+        groups = config.norm_num_groups
+        depth = config.layers_per_block
+        self.encoder = named(
+            conv_in=conv3x3(config.in_channels, widths[0]),
+            down_blocks=make_levels(widths, depth, groups, "downsamplers", downsample),
+            mid_block=MidBlock(widths[-1], groups),
+            conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), act=nn.SiLU(),
+            conv_out=conv3x3(widths[-1], 2 * config.latent_channels))
+        self.decoder = named(
+            conv_in=conv3x3(config.latent_channels, widths[-1]),
+            mid_block=MidBlock(widths[-1], groups),
+            up_blocks=make_levels(widths[::-1], depth + 1, groups, "upsamplers", upsample),
+            conv_norm_out=nn.GroupNorm(groups, widths[0], eps=1e-6), act=nn.SiLU(),
+            conv_out=conv3x3(widths[0], config.out_channels))
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
@@ -215,9 +191,13 @@ class VAE(nn.Module):
             if ".attentions." in key and value.ndim == 4:  # once a 1 x 1 convolution
                 value = value.flatten(1)
             state[key] = value
+        fields = VAEConfig.__annotations__
+        known = {k: v for k, v in config.items() if k in fields and v is not None}
         try:
+            if config.get("act_fn", "silu") != "silu" or config.get("shift_factor"):
+                raise UserError("only act_fn 'silu' without a shift_factor is supported")
             with torch.device("meta"):
-                model = cls(VAEConfig.from_dict(config))
+                model = cls(VAEConfig(**known))
         except (TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{source}: config.json: {error}; found {config!s:.999}") from None
         return load_weights(model, state, source)
@@ -255,15 +235,6 @@ def vae_loss(x, reconstruction, mean, logvar, settings: VAESettings) -> Tensor:
     return difference.abs().mean() + settings.edge_weight * edges + settings.kl_weight * kl
 
 
-def random_crops(images: Tensor, crop: int, seed: int, step: int) -> Tensor:
-    """uint8 (B, S, S) -> (B, crop, crop): a square of each; its place depends on (seed, step)."""
-    size = images.shape[2]
-    side = min(crop or size, size)
-    corners = uniforms(2, seed, step, np.arange(len(images))) * (size - side + 1)
-    squares = [x[i:i + side, j:j + side] for x, (i, j) in zip(images, corners.astype(int))]
-    return torch.stack(squares)
-
-
 def train_vae(config: VAEConfig, settings: VAESettings, ds, device, log) -> VAE:
     """Train a VAE on `ds` -> it in eval mode, its scaling factor 1 / (the latents' SD).
 
@@ -286,7 +257,11 @@ def train_vae(config: VAEConfig, settings: VAESettings, ds, device, log) -> VAE:
         lr = settings.lr * min(1.0, (step + 1) / (0.05 * settings.steps))
         lr *= 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         optimizer.param_groups[0]["lr"] = lr
-        x = to_model(random_crops(images.to(device), settings.crop, seed, step))
+        side = min(settings.crop or images.shape[2], images.shape[2])
+        corners = uniforms(2, seed, step, np.arange(len(images))) * (images.shape[2] - side + 1)
+        squares = [image[i:i + side, j:j + side]
+                   for image, (i, j) in zip(images.to(device), corners.astype(int))]
+        x = to_model(torch.stack(squares))
         x = x.contiguous(memory_format=torch.channels_last)  # (B, 3, crop, crop)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             mean, logvar = vae.encode(x)
@@ -302,8 +277,7 @@ def train_vae(config: VAEConfig, settings: VAESettings, ds, device, log) -> VAE:
         row = {"stage": "vae", "step": step + 1, "loss": loss.item(), "grad_norm": norm.item()}
         if math.isfinite(row["loss"] + row["grad_norm"]):
             optimizer.step()
-            spread = mean.var() + logvar.exp().mean()
-            variance = 0.98 * variance + 0.02 * spread.item()
+            variance = 0.98 * variance + 0.02 * (mean.var() + logvar.exp().mean()).item()
             taken += 1
             skipped = 0
         else:
@@ -321,10 +295,10 @@ def train_vae(config: VAEConfig, settings: VAESettings, ds, device, log) -> VAE:
 if __name__ == "__main__":
     with torch.device("meta"):  # shapes without numbers: the full-size network in no memory
         vae = VAE()
-        module_table("Stable Diffusion 1.5 VAE, encoder: x (1, 3, 512, 512) -> mean and logvar",
-                     vae.encoder, torch.empty(1, 3, 512, 512))
-        module_table("Stable Diffusion 1.5 VAE, decoder: z (1, 4, 64, 64) -> x",
-                     vae.decoder, torch.empty(1, 4, 64, 64))
+        x = torch.empty(1, 3, 512, 512)
+        module_table("Stable Diffusion 1.5 VAE, encoder: x -> mean, logvar", vae.encoder, x)
+        z = torch.empty(1, 4, 64, 64)
+        module_table("Stable Diffusion 1.5 VAE, decoder: z -> x", vae.decoder, z)
     vae = VAE(VAEConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4))
     x = torch.zeros(1, 3, 64, 48)
     assert vae.decode(vae.encode(x)[0]).shape == x.shape

@@ -25,50 +25,40 @@ from torch import Tensor, nn
 import data
 from data import UserError
 
-# Names of tensors: ours, which are timm's; those in transformers' files of DINOv2; and of DINOv1.
-# What is here twice has a second name in the memory of transformers 5. Replaced from top to bottom.
+
+def pairs(table: str) -> list[list[str]]:
+    return [pair.split("=") for pair in table.split()]
+
+
+# Names of tensors: transformers' files' = ours, which are timm's. Replaced from left to right.
 # TRAP: `attention.output.dense` holds `output.dense`, so it comes before it.
-NAMES = [line.split() for line in """
-    blocks.          encoder.layer.                         encoder.layer.
-    blocks.          layers.                                layers.
-    attn.q.          attention.attention.query.             attention.attention.query.
-    attn.q.          attention.q_proj.                      attention.q_proj.
-    attn.k.          attention.attention.key.               attention.attention.key.
-    attn.k.          attention.k_proj.                      attention.k_proj.
-    attn.v.          attention.attention.value.             attention.attention.value.
-    attn.v.          attention.v_proj.                      attention.v_proj.
-    attn.proj.       attention.output.dense.                attention.output.dense.
-    attn.proj.       attention.o_proj.                      attention.o_proj.
-    norm1.           norm1.                                 layernorm_before.
-    norm2.           norm2.                                 layernorm_after.
-    mlp.fc1.         mlp.fc1.                               intermediate.dense.
-    mlp.fc2.         mlp.fc2.                               output.dense.
-    ls1.gamma        layer_scale1.lambda1                   ls1.gamma
-    ls2.gamma        layer_scale2.lambda1                   ls2.gamma
-    norm.            layernorm.                             layernorm.
-    cls_token        embeddings.cls_token                   embeddings.cls_token
-    reg_token        embeddings.register_tokens             reg_token
-    mask_token       embeddings.mask_token                  embeddings.mask_token
-    pos_embed        embeddings.position_embeddings         embeddings.position_embeddings
-    patch_embed.proj embeddings.patch_embeddings.projection embeddings.patch_embeddings.projection
-""".strip().splitlines()]
-COLUMNS = {"dinov2_with_registers": 1, "dinov2": 1, "vit": 2, "timm": 0}  # of NAMES, by layout
-MARKS = {"register_tokens": "dinov2_with_registers", "layer_scale1": "dinov2",
-         "embeddings.": "vit", "": "timm"}  # the first that is in the names tells the layout
-# ViTConfig's attributes, as config.json has them: transformers', and timm's in its `model_args`.
-FIELDS = [line.split() for line in """
-    image_size   image_size            img_size
-    patch_size   patch_size            patch_size
-    hidden_size  hidden_size           embed_dim
-    depth        num_hidden_layers     depth
-    heads        num_attention_heads   num_heads
-    mlp_ratio    mlp_ratio             mlp_ratio
-    registers    num_register_tokens   reg_tokens
-    mlp_size     intermediate_size
-    eps          layer_norm_eps
-    activation   hidden_act
-    layout       model_type
-""".strip().splitlines()]
+BOTH = """
+    encoder.layer.=blocks.  embeddings.patch_embeddings.projection=patch_embed.proj
+    attention.attention.query.=attn.q.   embeddings.position_embeddings=pos_embed
+    attention.attention.key.=attn.k.     embeddings.cls_token=cls_token
+    attention.attention.value.=attn.v.   embeddings.mask_token=mask_token
+    attention.output.dense.=attn.proj.   layernorm.=norm. """
+DINOV1 = """
+    layernorm_before.=norm1.             intermediate.dense.=mlp.fc1.
+    layernorm_after.=norm2.              output.dense.=mlp.fc2. """
+DINOV2 = """
+    layer_scale1.lambda1=ls1.gamma       embeddings.register_tokens=reg_token
+    layer_scale2.lambda1=ls2.gamma """
+MEMORY = pairs("""
+    attention.q_proj.=attn.q.            attention.v_proj.=attn.v.           layers.=blocks.
+    attention.k_proj.=attn.k.            attention.o_proj.=attn.proj. """)  # transformers 5, loaded
+NAMES = {"dinov2_with_registers": pairs(BOTH + DINOV2), "dinov2": pairs(BOTH + DINOV2),
+         "vit": pairs(BOTH + DINOV1), "timm": []}
+MARKS = ["register_tokens", "layer_scale1", "embeddings.", ""]  # the first one found tells which
+# Keys of config.json = ViTConfig's attributes: transformers', and timm's in its `model_args`.
+FIELDS = dict(pairs("""
+    image_size=image_size    num_hidden_layers=depth         layer_norm_eps=eps
+    patch_size=patch_size    num_attention_heads=heads       intermediate_size=mlp_size
+    hidden_size=hidden_size  num_register_tokens=registers   mlp_ratio=mlp_ratio
+    model_type=layout        hidden_act=activation """))
+TIMM_FIELDS = dict(pairs("""
+    img_size=image_size      patch_size=patch_size           embed_dim=hidden_size
+    depth=depth  num_heads=heads  reg_tokens=registers       mlp_ratio=mlp_ratio """))
 RESAMPLE = ["nearest", "lanczos", "bilinear", "bicubic"]  # by Pillow's numbers for them
 
 
@@ -76,7 +66,7 @@ RESAMPLE = ["nearest", "lanczos", "bilinear", "bicubic"]  # by Pillow's numbers 
 class ViTConfig:
     """What a checkpoint is, whatever wrote it; the defaults are `facebook/dino-vitb16`."""
 
-    layout: str = "vit"  # whose names its file has: a key of COLUMNS
+    layout: str = "vit"  # whose names its file has: a key of NAMES
     image_size: int = 224  # pixels; the side that the position embedding was trained for
     patch_size: int = 16  # pixels
     hidden_size: int = 768  # width N of a token
@@ -102,13 +92,8 @@ class ViTConfig:
         """S: how many global tokens there are, 1 [+ 1 pooler token] + R."""
         return 1 + self.pooler + self.registers
 
-    def fields(self) -> dict:
-        """What the config.json of the layout says of the network."""
-        number = 2 if self.layout == "timm" else 1
-        return {row[number]: getattr(self, row[0]) for row in FIELDS if len(row) > number}
 
-
-# ---- Building blocks ----
+# ---- The vision transformer (paper 2.3) ----
 
 
 class Attention(nn.Module):
@@ -153,25 +138,22 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-# ---- The vision transformer (paper 2.3) ----
-
-
 class ViT(nn.Module):
     """f_Φ: image -> tokens c; the global ones, c_GLB = [c_CLS, c_PLR, c_REG], are the condition."""
 
     def __init__(self, config: ViTConfig = ViTConfig()):
         super().__init__()
+        self.config = config
         N = config.hidden_size
         P = config.patch_size
         R = config.registers
-        positions = config.cls_position + (config.image_size // P) ** 2
         pooler = nn.Sequential(OrderedDict(dense=nn.Linear(N, N), tanh=nn.Tanh()))
-        self.config = config
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, N))
         self.reg_token = nn.Parameter(0.02 * torch.randn(1, R, N)) if R else None
         # Nothing here uses the mask token: it is kept so that DINOv2's file can be written back.
         self.register_buffer("mask_token", torch.zeros(1, N) if "dinov2" in config.layout else None)
         # CHOICE: 0.3, not 0.02, else a short training does not see where things are.
+        positions = config.cls_position + (config.image_size // P) ** 2
         self.pos_embed = nn.Parameter(0.3 * torch.randn(1, positions, N))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, N, P, stride=P)))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -184,42 +166,33 @@ class ViT(nn.Module):
         return (x - mean) / std
 
     def prepare(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] -> (B, 3, S, S) as `forward` takes it: S = image_size, each
-        channel normalised. CHOICE: the whole image is resized; nothing is cropped away.
-        """
+        """x (B, 3, H, W) in [-1, 1] -> (B, 3, S, S) for `forward`; CHOICE: whole, not cropped."""
         S = self.config.image_size
         x = F.interpolate(x, (S, S), mode=self.config.interpolation, antialias=True)
-        x = x.clamp(-1, 1)  # TRAP: bicubic overshoots beyond black and white
-        return self.normalise((x + 1) / 2)
-
-    def positions(self, height: int, width: int) -> Tensor:
-        """The patches' position embedding, resampled to height × width: (1, height * width, N)."""
-        c = self.config
-        grid = c.image_size // c.patch_size
-        patches = self.pos_embed[:, c.cls_position:].mT.unflatten(2, (grid, grid))
-        # TRAP: all are bicubic, but transformers smooths for registers alone and timm always, and
-        # only DINOv1 is resampled in its own precision.
-        patches = F.interpolate(
-            patches if c.layout == "vit" else patches.float(), (height, width), mode="bicubic",
-            antialias=c.layout in ("timm", "dinov2_with_registers"))  # (1, N, height, width)
-        return patches.to(self.pos_embed.dtype).flatten(2).mT
+        return self.normalise((x.clamp(-1, 1) + 1) / 2)  # TRAP: bicubic overshoots black and white
 
     def forward(self, x: Tensor, maps: list | None = None) -> Tensor:
         """x (B, 3, H, W) normalised -> tokens (B, 1 [+ 1] + R + L, N) after the final norm: CLS,
-        PLR, REG, patches. Source: Dosovitskiy et al. 2021, Darcet et al. 2024.
-
-        H, W: any size of at least one patch; what does not fill a patch is left out. A list `maps`
-        receives each block's attention probabilities (B, heads, T, T), T = 1 + R + L.
+        PLR, REG, patches; L = (H // P) * (W // P). `maps` gets each block's attention
+        probabilities (B, heads, T, T), T = 1 + R + L. [Dosovitskiy 2021; Darcet 2024]
         """
         patches = self.patch_embed(x)  # (B, N, H/P, W/P)
-        positions = self.positions(*patches.shape[2:])
+        c = self.config
+        grid = c.image_size // c.patch_size
+        positions = self.pos_embed[:, c.cls_position:].mT.unflatten(2, (grid, grid))
+        # TRAP: all are bicubic, but transformers smooths for registers alone and timm always, and
+        # only DINOv1 is resampled in its own precision.
+        positions = F.interpolate(
+            positions if c.layout == "vit" else positions.float(), patches.shape[2:],
+            mode="bicubic", antialias=c.layout in ("timm", "dinov2_with_registers"))
+        patches = patches + positions.to(self.pos_embed.dtype)
         prefix = self.cls_token
-        if self.config.cls_position:
+        if c.cls_position:
             prefix = prefix + self.pos_embed[:, :1]
         if self.reg_token is not None:  # TRAP: registers have no position
             prefix = torch.cat([prefix, self.reg_token], dim=1)
         prefix = prefix.expand(len(x), -1, -1).to(patches.dtype)
-        x = torch.cat([prefix, patches.flatten(2).mT + positions], dim=1)  # (B, 1 + R + L, N)
+        x = torch.cat([prefix, patches.flatten(2).mT], dim=1)  # (B, 1 + R + L, N)
         for block in self.blocks:
             x = block(x, maps)
         x = self.norm(x)
@@ -228,18 +201,14 @@ class ViT(nn.Module):
         return torch.cat([x[:, :1], self.pooler(x[:, :1]), x[:, 1:]], dim=1)
 
     def global_tokens(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) normalised -> c_GLB = [CLS, PLR where there is one, REG × R] (B, S, N).
-
-        Patch tokens do not condition: they carry local detail, so a model that sees them learns to
-        copy its source image instead of what the image means [DiNO-Diff 2.3, A.1].
-        """
+        """x (B, 3, H, W) normalised -> c_GLB = [CLS, PLR where there is one, REG × R] (B, S, N)."""
+        # Patch tokens do not condition: they carry local detail, so a model that sees them learns
+        # to copy its source image instead of what the image means [DiNO-Diff 2.3, A.1].
         return self(x)[:, :self.config.global_count]
 
     @classmethod
     def from_pretrained(cls, source, subfolder=None, revision=None) -> ViT:
-        """A folder, one weights file or a hub id, of any of the four layouts -> ViT in float32.
-        UserError says what does not fit.
-        """
+        """A folder, weights file or hub id -> ViT in float32; UserError says what does not fit."""
         told, state, preprocessor = data.read_weights(source, subfolder, revision)
         try:
             named, layout = our_names(state)
@@ -252,19 +221,17 @@ class ViT(nn.Module):
         return data.load_weights(model, named, source)
 
     def save_pretrained(self, folder) -> None:
-        """Write config.json, model.safetensors and preprocessor_config.json in the layout that it
-        came from, for transformers' or timm's own classes.
-        """
+        """Write what `from_pretrained` and the layout's own library read: three files."""
         c = self.config
         S = c.image_size
-        config = c.fields()
+        names = TIMM_FIELDS if c.layout == "timm" else FIELDS
+        config = {key: getattr(c, name) for key, name in names.items()}
         if c.layout == "timm":
             config |= {"num_classes": 0, "no_embed_class": not c.cls_position,
                        "init_values": 1e-5 if c.layer_scale else None}
-            shown = {"input_size": [3, S, S], "interpolation": c.interpolation, "mean": c.mean,
-                     "std": c.std}
             config = {"architecture": "vit_base_patch16_224", "model_args": config,
-                      "pretrained_cfg": shown}
+                      "pretrained_cfg": {"input_size": [3, S, S], "mean": c.mean, "std": c.std,
+                                         "interpolation": c.interpolation}}
         data.write_json(f"{folder}/preprocessor_config.json", {
             "image_processor_type": "ViTImageProcessor", "size": {"height": S, "width": S},
             "image_mean": c.mean, "image_std": c.std, "resample": RESAMPLE.index(c.interpolation)})
@@ -278,15 +245,15 @@ class ViT(nn.Module):
 def our_names(state: dict) -> tuple[dict, str]:
     """A checkpoint's tensors under our names, and the layout that its names are of."""
     keys = " ".join(state)
-    layout = next(name for mark, name in MARKS.items() if mark in keys)
+    layout = next(name for name, mark in zip(NAMES, MARKS) if mark in keys)
     start = keys.partition("cls_token")[0].split(" ")[-1]
     prefix = start.removesuffix("embeddings.")  # `vit.`, where a head for some task lies beside it
     named = {}
     for key, value in state.items():
         if key.startswith(prefix):
             key = key.removeprefix(prefix)
-            for row in NAMES:
-                key = key.replace(row[COLUMNS[layout]], row[0])
+            for theirs, ours in NAMES[layout] + MEMORY:
+                key = key.replace(theirs, ours)
             named[key] = value
     for key in [key for key in named if ".attn.q." in key]:  # (N, N) three times -> (3N, N)
         parts = [named.pop(key.replace(".q.", f".{letter}.")) for letter in "qkv"]
@@ -301,15 +268,15 @@ def their_names(state: dict, layout: str) -> dict:
         letters = "qkv" if ".qkv." in key and layout != "timm" else ["qkv"]
         for letter, part in zip(letters, value.chunk(len(letters))):
             name = key.replace("qkv", letter)
-            for row in NAMES:
-                name = name.replace(row[0], row[COLUMNS[layout]])
+            for theirs, ours in NAMES[layout]:
+                name = name.replace(ours, theirs)
             named[name] = part
     return named
 
 
 def read_config(told: dict, preprocessor: dict, state: dict, layout: str) -> ViTConfig:
-    """The sizes of the tensors (under our names), which config.json must not contradict, and what
-    tensors cannot tell from config.json (`told`) and preprocessor_config.json: {} for none.
+    """Sizes from the tensors (under our names), which config.json (`told`) must not contradict; the
+    rest from it and preprocessor_config.json.
     """
     for part in (told.get("model_args"), told.get("pretrained_cfg"), preprocessor):
         told = told | (part or {})
@@ -318,8 +285,9 @@ def read_config(told: dict, preprocessor: dict, state: dict, layout: str) -> ViT
     _, positions, width = state["pos_embed"].shape
     grid = math.isqrt(positions)
     is_v1 = layout == "vit"
+    resample = told.get("resample") or (2 if is_v1 else 3)
     config = ViTConfig(
-        layout=layout, image_size=grid * patch_size, patch_size=patch_size, hidden_size=width,
+        layout, grid * patch_size, patch_size, width,
         depth=sum("norm1.weight" in key for key in state),
         heads=told.get("num_attention_heads") or told.get("num_heads") or max(1, width // 64),
         mlp_ratio=mlp_size / width if mlp_size % width else mlp_size // width,
@@ -327,13 +295,12 @@ def read_config(told: dict, preprocessor: dict, state: dict, layout: str) -> ViT
         pooler="pooler.dense.weight" in state, layer_scale="blocks.0.ls1.gamma" in state,
         cls_position=grid**2 != positions,  # 1 + grid² is never a square
         eps=told.get("layer_norm_eps") or (1e-12 if is_v1 else 1e-6),
-        interpolation=told.get("interpolation")
-        or RESAMPLE[told.get("resample") or (2 if is_v1 else 3)],
+        interpolation=told.get("interpolation") or RESAMPLE[resample],
         mean=tuple(told.get("mean") or told.get("image_mean") or ViTConfig.mean),
         std=tuple(told.get("std") or told.get("image_std") or ViTConfig.std))
-    for key, value in config.fields().items():
-        if told.get(key) not in (None, value):
-            raise ValueError(f"it says {key} = {told[key]}, the tensors {value}")
+    for key, name in (FIELDS | TIMM_FIELDS).items():
+        if told.get(key) not in (None, getattr(config, name)):
+            raise ValueError(f"it says {key} = {told[key]}, the tensors {getattr(config, name)}")
     numbers = (*config.mean, *config.std, config.eps)
     if not (len(config.mean) == len(config.std) == 3 and config.interpolation in RESAMPLE[2:]
             and all(0 <= number <= 1 for number in numbers) and all(numbers[3:])
@@ -371,12 +338,11 @@ class DinoSettings:
 
 
 class Dino(nn.Module):
-    """What is trained, a ViT and its head: x normalised -> cosines with K prototypes, CLS tokens.
+    """A ViT and its head: x (B, 3, H, W) normalised -> cosines with prototypes (B, K), CLS (B, N).
 
     CHOICE: the head standardises over the batch: chest X-rays are so alike that what their features
-    share would outweigh what tells them apart, and both networks would agree on that. Prototypes
-    stay as they were drawn: trained, they become one. Weights begin as Xavier's; DINO's deviation,
-    0.02, is near it at width 768 and too small at 128.
+    share would outweigh what tells them apart. Prototypes stay as drawn: trained, they become one.
+    Weights begin as Xavier's; DINO's deviation, 0.02, is near it at width 768, too small at 128.
     """
 
     def __init__(self, config: ViTConfig, s: DinoSettings):
@@ -387,15 +353,14 @@ class Dino(nn.Module):
             nn.Linear(s.head_hidden, s.head_hidden), nn.GELU(),
             nn.Linear(s.head_hidden, s.head_bottleneck),
             nn.BatchNorm1d(s.head_bottleneck, 1e-6, affine=False, track_running_stats=False))
-        self.register_buffer(
-            "prototypes", F.normalize(torch.randn(s.out_dim, s.head_bottleneck), dim=1))
+        prototypes = F.normalize(torch.randn(s.out_dim, s.head_bottleneck), dim=1)
+        self.register_buffer("prototypes", prototypes)
         for module in self.modules():
             if type(module) is nn.Linear:
                 nn.init.xavier_normal_(module.weight)
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, 3, H, W) -> (B, K) and (B, N), float32."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             cls = self.vit(x)[:, 0]
         cls = cls.float()  # the cosines are divided by 0.04: bf16's three digits are too few
@@ -403,13 +368,12 @@ class Dino(nn.Module):
 
 
 def crops(images: Tensor, count: int, size: int, scale: tuple, jitter: float, rng) -> Tensor:
-    """images uint8 (B, H, W) -> `count` random views of each, (count * B, 1, size, size) in [0, 1],
-    drawn from the generator `rng`: a crop of an area in `scale`, then gamma, exposure, sharpness.
-
-    CHOICE: no flip, for the heart is on the left; no solarisation, for an inverted X-ray is another
-    modality. TRAP: any crop of an X-ray shows the exposure, so a network that only reads it off
-    solves the task. Jitter around the film's own contrast leaves it readable: it is drawn anew.
+    """images uint8 (B, H, W) -> `count` views of each, (count * B, 1, size, size) in [0, 1]: a crop
+    of an area in `scale`, then gamma, exposure and sharpness, drawn from the generator `rng`.
     """
+    # CHOICE: no flip, for the heart is on the left; no solarisation, as inverted X-rays are another
+    # modality. TRAP: any crop shows the film's exposure, so a network that only reads it off solves
+    # the task, and jitter around the film's own contrast leaves it readable: it is drawn anew.
     device = images.device
     draws = torch.rand(8, count * len(images), 1, 1, 1, device=device, generator=rng)
     area, stretch, left, top, gamma, contrast, light, blur = 2 * draws - 1
@@ -427,13 +391,6 @@ def crops(images: Tensor, count: int, size: int, scale: tuple, jitter: float, rn
     return (x + (blurred - x) * jitter * (0.5 + 1.5 * blur)).clamp(0, 1)
 
 
-def teacher_targets(cosines: Tensor, s: DinoSettings) -> Tensor:
-    """The teacher's cosines (2B, K) -> probabilities (2B, K): centred, so that no prototype always
-    wins, and sharpened by the temperature, so that they are not all equal [DINO 3.1].
-    """
-    return ((cosines - cosines.mean(0)) / s.teacher_temperature).softmax(1)
-
-
 def dino_loss(targets: Tensor, cosines: Tensor, s: DinoSettings) -> Tensor:
     """Mean cross-entropy H(teacher, student) over the pairs of different views [DINO eq. 3], for
     targets (2B, K) of the global views and cosines (V * B, K) of all V views, global ones first.
@@ -446,9 +403,8 @@ def dino_loss(targets: Tensor, cosines: Tensor, s: DinoSettings) -> Tensor:
 
 @torch.no_grad()
 def standardise(vit: ViT, batches, device) -> None:
-    """CHOICE: rescale the final norm so that every dimension of CLS has mean 0 and deviation 1 over
-    `batches`. A young DINO sees all chests as nearly alike, and the UNet would need long to find
-    the little by which its tokens differ.
+    """Rescale the final norm so that each dimension of CLS has mean 0 and deviation 1. CHOICE: a
+    young DINO sees all chests as nearly alike, and the UNet needs what little tells them apart.
     """
     cls = [vit(vit.prepare(data.to_model(images.to(device))))[:, 0] for _, _, images in batches]
     deviation, mean = torch.std_mean(torch.cat(cls), dim=0)
@@ -458,12 +414,12 @@ def standardise(vit: ViT, batches, device) -> None:
 
 
 def train_dino(config: ViTConfig, settings: DinoSettings, ds, device="cpu", log=print) -> ViT:
-    """Train a ViT without labels on the images of `ds`; the teacher is returned, in eval mode.
+    """Train a ViT without labels on the images of `ds` -> the teacher, in eval mode. The student
+    sees all crops and is to guess what the teacher, its own moving average, says of other ones.
 
-    The student sees global and local views and is to guess what the teacher, its own moving
-    average, says of the other global views. A function of its arguments: killed, it starts again
-    and gives the same weights. `log` gets a dict a step; collapse shows in it as a teacher_entropy
-    of 0 or ln K, or a feature_spread of 0. UserError after ten steps in a row that are not finite.
+    A function of its arguments: killed, it starts again and gives the same weights. `log` gets a
+    dict a step; collapse shows in it as a teacher_entropy of 0 or ln K, or a feature_spread of 0.
+    UserError after ten steps in a row that are not finite.
     """
     s = settings
     torch.manual_seed(s.seed)
@@ -472,9 +428,9 @@ def train_dino(config: ViTConfig, settings: DinoSettings, ds, device="cpu", log=
     weights = list(student.parameters())
     optimizer = torch.optim.AdamW(weights, weight_decay=s.weight_decay, fused=True)
     stream = data.batches(ds, s.batch, 0, s.seed)
-    steps = itertools.islice(stream, s.steps)
     skipped = 0  # steps in a row
-    for step, ids, images in data.progress(steps, "DINO", s.steps, "step"):
+    for step, ids, images in data.progress(
+            itertools.islice(stream, s.steps), "DINO", s.steps, "step"):
         falling = 0.5 * (1 + math.cos(math.pi * step / s.steps))  # half a cosine, from 1 to 0
         lr = s.lr * min(1.0, 10 * (step + 1) / s.steps) * (0.01 + 0.99 * falling)
         optimizer.param_groups[0]["lr"] = lr
@@ -483,10 +439,10 @@ def train_dino(config: ViTConfig, settings: DinoSettings, ds, device="cpu", log=
         views = [crops(images, 2, s.global_size, s.global_scale, s.jitter, rng),
                  crops(images, s.local_crops, s.local_size, s.local_scale, s.jitter, rng)]
         views = [student.vit.normalise(view) for view in views]
-
         with torch.no_grad():
             cosines, cls = teacher(views[0])  # of the global views alone
-        targets = teacher_targets(cosines, s)
+        # Centred: no prototype always wins; sharpened: they are not all equal [DINO 3.1].
+        targets = ((cosines - cosines.mean(0)) / s.teacher_temperature).softmax(1)  # (2B, K)
         loss = dino_loss(targets, torch.cat([student(view)[0] for view in views]), s)
         optimizer.zero_grad()
         loss.backward()
@@ -494,16 +450,13 @@ def train_dino(config: ViTConfig, settings: DinoSettings, ds, device="cpu", log=
         skipped += 1
         if (loss + norm).isfinite():
             optimizer.step()
-            with torch.no_grad():  # the teacher follows the student
-                torch._foreach_lerp_(
-                    list(teacher.parameters()), weights, (1 - s.momentum) * falling)
+            for mean, weight in zip(teacher.parameters(), weights):  # the teacher follows
+                mean.lerp_(weight.detach(), (1 - s.momentum) * falling)
             skipped = 0
-
-        entropy = torch.special.entr(targets).sum(1).mean()
         spread = cls.std(0).norm() / cls.square().sum(1).mean().sqrt()
         log({"stage": "vit", "step": step + 1, "loss": loss.item(), "lr": lr,
-             "grad_norm": norm.item(), "teacher_entropy": entropy.item(),
-             "feature_spread": spread.item(), "skipped": skipped > 0})
+             "grad_norm": norm.item(), "feature_spread": spread.item(), "skipped": skipped > 0,
+             "teacher_entropy": torch.special.entr(targets).sum(1).mean().item()})
         if skipped >= min(10, s.steps / 2):
             raise UserError(f"training DINO: loss or gradient was not finite in {skipped} steps in "
                             f"a row, the last of them step {step + 1} with the images "
@@ -514,8 +467,7 @@ def train_dino(config: ViTConfig, settings: DinoSettings, ds, device="cpu", log=
 
 if __name__ == "__main__":
     with torch.device("meta"):  # shapes without numbers
-        data.module_table("DINOv1 ViT-B/16: x (1, 3, 224, 224) -> tokens [CLS, patches]", ViT(),
-                          torch.empty(1, 3, 224, 224))
+        data.module_table("DINOv1 ViT-B/16: x -> tokens", ViT(), torch.empty(1, 3, 224, 224))
     vit = ViT(ViTConfig(image_size=32, patch_size=8, hidden_size=32, depth=2, heads=2, pooler=True))
     tokens = vit(torch.rand(2, 3, 48, 48))
     assert tokens.shape == (2, 1 + 1 + 36, 32) and tokens.isfinite().all()
