@@ -281,7 +281,7 @@ class Train:
     data: str = "phantom"  # phantom, a folder, a zip, a quoted glob of shards, hf://…, pipe:…
     run_dir: str = ""  # run folder; empty: runs/PRESET. An existing one is resumed
     size: int = 64  # pixels, square
-    steps: int = 2000  # optimizer steps of the UNet
+    steps: int = 1800  # optimizer steps of the UNet
     batch: int = 16  # images a step, over all ranks and micro-batches
     micro_batch: int = 0  # images of one rank in one pass; 0: all of its share, 64 at most
     lr: float = 2e-3  # constant after the warm-up
@@ -295,13 +295,13 @@ class Train:
     init: str = ""  # UNet to start from: sd15, a folder, a file or a hub id; empty: from scratch
     vae: str = ""  # folder, file or hub id (`id:subfolder`) of a VAE; empty: train one first
     vit: str = ""  # the same for DINO
-    vae_steps: int = 800  # of the VAE's training, where one is trained
+    vae_steps: int = 600  # of the VAE's training, where one is trained
     vit_steps: int = 250  # of DINO's
     augment: bool = True  # random sharpening and affine maps (paper 2.5)
     seed: int = 0
-    checkpoint_every: int = 400  # steps
+    checkpoint_every: int = 300  # steps
     keep: int = 0  # newest checkpoints that are kept; 0: all
-    sample_every: int = 1000  # steps between sample grids
+    sample_every: int = 900  # steps between sample grids
     gradient_checkpointing: bool = False  # less memory, a third more time
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "fp32"  # fp32 | bf16 (autocast; weights, gradients, moments stay float32)
