@@ -853,12 +853,11 @@ VISITS = 4  # X-rays a patient
 # What differs between patients, then between visits, as (low, high). Lengths and places are in
 # halves of the picture's side, from its middle, y down; thickness is in mean free paths.
 PATIENT = dict(
-    thick=(2.1, 3.2), width=(0.57, 0.80), apex=(-0.80, -0.58), dome=(0.29, 0.50),  # body, lungs
+    thick=(2.1, 3.2), width=(0.60, 0.80), apex=(-0.80, -0.58), dome=(0.29, 0.50),  # body, lungs
     heart=(0.38, 0.47), gap=(0.13, 0.175), twist=(0, 6.3),  # its share of width; of ribs, vessels
-    side=(-1, 1), extent=(0.85, 1.15),  # of the findings
-    zoom=(0.84, 1.10), slim=(0.04, 0.18), neck=(0.04, 0.16))  # of the whole chest, of the trunk
+    side=(-1, 1), extent=(0.85, 1.15))  # of the findings
 VISIT = dict(
-    angle=(-0.06, 0.06), right=(-0.07, 0.07), down=(-0.06, 0.06), breath=(-0.04, 0.03),
+    angle=(-0.06, 0.06), right=(-0.05, 0.05), down=(-0.04, 0.04), breath=(-0.04, 0.03),
     exposure=(-0.12, 0.12), contrast=(0.55, 0.72))
 
 
@@ -911,8 +910,8 @@ def outlines(case, x, y):
 
 def soft_tissue(case, ax, y):
     """Trunk with shoulders and neck, and the great vessels."""
-    flank = 1.4 * case.width - case.slim + 0.6 * bell((y + 0.75) / 0.35) - ax
-    above = y - case.apex + case.neck + 0.5 * bell(ax / 0.29)
+    flank = 1.4 * case.width - 0.12 + 0.6 * bell((y + 0.75) / 0.35) - ax
+    above = y - case.apex + 0.1 + 0.5 * bell(ax / 0.29)
     return case.thick * slab(flank, 0.5) * slab(above, 0.9) + 0.3 * slab(0.15 - ax, 0.06)
 
 
@@ -985,8 +984,8 @@ def render_phantom(seed: int, patient: int, visit: int, size: int, findings=None
     over = 2 if size <= 128 else 1  # supersampling
     rays = size * over
     y, x = np.float32(np.mgrid[:rays, :rays] + 0.5) * (2 / rays) - 1
-    x = (x - case.right + case.angle * y) / case.zoom  # the patient's; the angle is small
-    y = (y - case.down) / case.zoom - case.angle * x
+    x = x - case.right + case.angle * y  # the patient's coordinates; the angle is small
+    y = y - case.down - case.angle * x
     ax = np.abs(x)
 
     # A film records exp(-total), where total sums the attenuation of all tissues on the ray
