@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage, stats
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -1245,6 +1245,7 @@ def paired_tests(scores, baseline, test_share) -> tuple[float, float]:
     test_share: validation images over training images of a fold, 1 / (folds - 1).
     CHOICE: with 5 folds a Wilcoxon test cannot reach 0.05, so the unnamed test is the t-test.
     """
+    from scipy import stats  # here: it takes half a second to load
     difference = np.subtract(scores, baseline)
     k = len(difference)
     sd = difference.std(ddof=1)
