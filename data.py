@@ -41,6 +41,7 @@ import tempfile
 import threading
 import time
 import typing
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -206,7 +207,8 @@ def sync(path) -> None:
 def write_file(path, content: bytes | str) -> None:
     """A file, whole or absent."""
     with whole(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        is_text = isinstance(content, str)  # perhaps with a file's name that is no UTF-8
+        partial.write_bytes(content.encode(errors="surrogateescape") if is_text else content)
 
 
 def write_json(path, value) -> None:
@@ -249,6 +251,8 @@ def save_tensors(path, tensors: dict[str, torch.Tensor], info: dict = {}) -> Non
 def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:
     """What `save_tensors` wrote -> tensors (memory-mapped), info."""
     try:
+        if not os.path.isfile(path):
+            raise OSError("no such file, or a folder, pipe or device")
         with safe_open(path, framework="pt") as file:
             info = json.loads((file.metadata() or {}).get("info", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, info
@@ -314,15 +318,16 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_jobs(function, jobs: list[tuple], desc: str, workers: int | None = None) -> list:
+def run_jobs(function, jobs: list[tuple], desc: str, workers: int | None = None,
+             unit: str = " shards", start: str | None = None) -> list:
     """[function(*job) for job in jobs], in parallel. UserError where a process dies."""
-    if len(jobs) < 2:
-        return [function(*job) for job in jobs]
+    if len(jobs) < 2 or workers == 1:
+        return [function(*job) for job in (progress(jobs, desc, unit=unit) if jobs[1:] else jobs)]
     try:
-        with process_pool(workers) as pool:
-            return list(progress(pool.map(function, *zip(*jobs)), desc, len(jobs), " shards"))
+        with process_pool(workers, start) as pool:
+            return list(progress(pool.map(function, *zip(*jobs)), desc, len(jobs), unit))
     except BrokenProcessPool:
-        raise UserError(f"{desc}: a worker process was killed, perhaps for want of memory; the "
+        raise UserError(f"{desc}: a worker process was killed, perhaps for lack of memory; the "
                         "same command goes on from here (fewer --workers need less)") from None
 
 
@@ -377,10 +382,11 @@ def read_weights(source, subfolder: str | None = None, revision: str | None = No
     path = Path(source).expanduser()
     if not path.exists() and ":" in str(source):
         source, subfolder = str(source).split(":", 1)
+        path = Path(source).expanduser()
     inside = f"{subfolder}/" if subfolder else ""
     if path.exists():
         folder = path.parent if path.is_file() else path / inside
-        files = {file.name: file for file in folder.glob("*")}
+        files = {file.name: file for file in folder.glob("*") if file.is_file()}
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         listed = hub_files(str(source), revision)
         files = {name.removeprefix(inside): listed[name] for name in listed
@@ -597,10 +603,7 @@ def _read_dicom(content: bytes) -> np.ndarray:
     except ImportError:
         raise UserError("this is a DICOM file, which needs a reader: "
                         "pip install 'pydicom>=3' pylibjpeg pylibjpeg-libjpeg") from None
-    if b"1.2.840.10008.1.2.1.99" in content[:1024]:  # deflated, and nobody else bounds its size
-        body = content[144 + int.from_bytes(content[140:144], "little"):]
-        if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(body, MAX_BYTES)) == MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES:,} bytes when inflated")
+    pydicom.filereader.zlib = SimpleNamespace(decompress=_inflate, MAX_WBITS=zlib.MAX_WBITS)
     file = pydicom.dcmread(io.BytesIO(content), force=True)
     _check_pixels(file.Rows, file.Columns)
     if not file.file_meta.get("TransferSyntaxUID"):  # written without file meta: DICOM's default
@@ -624,6 +627,14 @@ def _read_dicom(content: bytes) -> np.ndarray:
         pixels = pixels.astype(np.uint8)
     pixels = _to_8_bit(pixels)
     return 255 - pixels if file.PhotometricInterpretation == "MONOCHROME1" else pixels
+
+
+def _inflate(content: bytes, bits: int) -> bytes:
+    """zlib.decompress for pydicom, which bounds no size."""
+    inflated = zlib.decompressobj(bits).decompress(content, MAX_BYTES)
+    if len(inflated) == MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES:,} bytes when inflated")
+    return inflated
 
 
 def square(image: np.ndarray) -> tuple[slice, slice]:
@@ -715,28 +726,33 @@ def is_mimic_test(key: str) -> bool:
 
 
 def _csv_rows(path):
-    """Rows of a CSV (also .gz) as dicts; UTF-8 with or without a byte order mark, or Latin-1."""
+    """Rows of a CSV (also .gz) as dicts, blank ones left out; UTF-8 or UTF-16 with a byte order
+    mark, UTF-8 without, or Latin-1."""
     try:
         content = read_bytes(path, 2**30)
         if str(path).endswith(".gz"):
             content = gzip.open(path).read(2**30)
         try:
-            text = content.decode("utf-8-sig")
+            is_wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+            text = content.decode("utf-16" if is_wide else "utf-8-sig")
         except UnicodeDecodeError:
             text = content.decode("latin-1")
         rows = csv.reader(io.StringIO(text, newline=""))
         header = [name.strip() for name in next(rows, [])]
         if len(set(header)) < len(header):
             raise csv.Error(f"two columns of one name among {', '.join(header)}")
-        for row in filter(None, rows):
-            yield dict(zip(header, row))
+        for row in rows:
+            if any(map(str.strip, row)):
+                yield dict(zip(header, row))
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path} is not a readable CSV: {error}") from None
 
 
 def plain_name(name: str) -> str:
-    """A file's path as labels are matched by it: lower case, `/`, no `./`, no picture suffix."""
-    parts = SUFFIX.sub("", name.strip().lower().replace("\\", "/")).split("/")
+    """A file's path as labels are matched by it: lower case, `/`, no `./`, no picture suffix,
+    accents as one letter (macOS writes two)."""
+    name = unicodedata.normalize("NFC", name.strip().lower().replace("\\", "/"))
+    parts = SUFFIX.sub("", name).split("/")
     return "/".join(part for part in parts if part not in ("", "."))
 
 
@@ -1053,6 +1069,17 @@ def encode(image) -> bytes:
     return buffer.getvalue()
 
 
+class Member(tarfile.TarInfo):
+    """TRAP: tarfile reads a header of long names whole, of whatever size a stranger made it."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in (b"x", b"g", b"X", b"L", b"K") and member.size > 2**20:
+            raise tarfile.ReadError(f"a header of {member.size:,} bytes")
+        return member
+
+
 def tar_members(tar: tarfile.TarFile):
     """The members of a tar. TRAP: tarfile takes one that was cut between two members for a whole
     one; after the first empty block must come a second."""
@@ -1067,11 +1094,12 @@ def scan_shard(path) -> tuple[np.ndarray, str]:
     found = {"image": {}, "mask": {}, "info": {}}
     problem = ""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=Member) as tar:
             for member in tar_members(tar):
                 name = MEMBER.fullmatch(member.name)
                 if name and member.isreg():
                     key, suffix = name.groups()
+                    suffix = suffix.lower()
                     part = {"mask.png": "mask", "json": "info"}.get(suffix, "image")
                     if suffix == "png" or key not in found[part]:
                         found[part][key] = (member.offset_data, member.size)
@@ -1098,9 +1126,10 @@ def row_type(widths) -> np.dtype:
 
 
 def read_span(file, span) -> bytes:
-    """The bytes at (offset, length), none where these lie outside of the file."""
+    """The bytes at (offset, length), none where these lie outside of the file or are too many."""
     offset, length = span
-    if not 0 <= offset <= offset + length <= os.fstat(file.fileno()).st_size:
+    is_inside = 0 <= offset <= offset + length <= os.fstat(file.fileno()).st_size
+    if not is_inside or length > MAX_BYTES:
         return b""
     file.seek(offset)
     return file.read(length)
@@ -1326,11 +1355,13 @@ def open_data(spec: str, size: int, seed: int = 0, count: int | None = None,
     if spec.startswith(("hf://", "pipe:")):
         return open_remote(spec, size, count, cache_gb)
     if path.is_dir():
-        paths = sorted(path.glob("*.tar"))
+        paths = sorted(filter(Path.is_file, path.glob("*.tar")))
         is_world = not paths or labels or label_csvs(path) or any(map(SUFFIX.search, walk(path)))
         is_world = is_world and not (path / INDEX).exists()
     else:
-        found = map(Path, glob.glob(str(path), recursive=True))
+        folder = str(path.parent)  # one that is there may have a name with [ or *
+        folder = glob.escape(folder) if path.parent.is_dir() else folder
+        found = map(Path, glob.glob(f"{folder}/{path.name}", recursive=True))
         paths = [path] if path.is_file() else sorted(filter(Path.is_file, found))
         is_world = path.is_file() and path.suffix != ".tar"
     if is_world:
@@ -1620,7 +1651,7 @@ def unpack(path: str, name: str, prefix: str, folder: Path, problems: dict) -> d
     left = max(UNPACKED * os.path.getsize(path), 2**30)
     is_zip = path.lower().endswith(".zip")
     try:
-        with zipfile.ZipFile(path) if is_zip else tarfile.open(path) as archive:
+        with zipfile.ZipFile(path) if is_zip else tarfile.open(path, tarinfo=Member) as archive:
             for member in archive.infolist() if is_zip else tar_members(archive):
                 inside = member.filename if is_zip else member.name
                 size = member.file_size if is_zip else member.size
@@ -1802,6 +1833,9 @@ def _read_samples(path: Path, rows: list[tuple], s: Prepare):
         if name not in pictures:
             continue
         image = pictures.pop(name)
+        if image.min() == image.max():
+            unreadable[name] = f"{name}: every pixel has the same value"
+            continue
         part = square(image)
         lungs = []
         for mask in pictures.values():
@@ -1843,7 +1877,8 @@ def _check_shard(ds: XRays) -> list[str]:
     problems = [f"{ds.shards[0]}: {problem}"] if problem else []
     for i in range(len(ds)):
         try:
-            ds[i]
+            if np.ptp(ds[i]) == 0:
+                problems.append(f"{ds.shards[0]}: {ds.keys[i]}: every pixel has the same value")
             ds.mask(i)
         except UserError as error:
             problems.append(str(error))

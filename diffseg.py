@@ -87,7 +87,7 @@ def anchors(S: int, grid: int) -> Tensor:
     rim wider than itself (S = 28: 6, 7, …, 21), the positions are rounded instead.
     """
     if grid < 1:
-        raise UserError(f"found a grid of {grid}, expected at least 1 anchor a side")
+        raise UserError(f"found a grid of {grid}, expected at least 1 anchor per side")
     grid = min(grid, S)
     step = (S - 1) // max(grid - 1, 1)
     rim = S - 1 - step * (grid - 1)
@@ -171,23 +171,32 @@ def label(masks: Tensor, size: int) -> Tensor:
 # ---- Image -> attention -> segments (paper 2.4) --------------------------------------------------
 
 
-@torch.no_grad()
-def attention(run, images: Tensor, c: Tensor, t: int = 300, last: int = 0, seeds=None) -> Tensor:
+class Several(list):
+    """Aggregators that take the maps of one UNet pass."""
+
+    def append(self, probabilities: Tensor) -> None:
+        for total in self:
+            total.append(probabilities)
+
+
+def attention(run, images: Tensor, c: Tensor, t: int = 300, last: int = 0) -> Tensor:
     """images uint8 (B, size, size), tokens c (B, S, N), timestep t -> A (B, S*S, S*S).
 
-    seeds, one an image: add the noise of t to the latent, which is clean as published. last: only
-    so many maps nearest the output count, cleaner in small networks; 0: all, as published.
+    last: only so many maps nearest the output count, cleaner in small networks; 0: all, as
+    published.
     """
+    return attentions(run, images, c, t, [last])[0]
+
+
+@torch.no_grad()
+def attentions(run, images: Tensor, c: Tensor, t: int, lasts: list[int]) -> list[Tensor]:
+    """The same for each number of last maps, from one UNet pass on clean latents."""
     from dinodiff import encode_latents  # here: everything above runs without a run
-    zt = encode_latents(run, images)  # (B, 4, h, w), of unit variance
-    ts = torch.full((len(zt),), t, device=zt.device)
-    if seeds is not None:
-        draws = [torch.randn(zt.shape[1:], generator=data.generator("cpu", seed)) for seed in seeds]
-        zt = run.schedule.add_noise(zt, torch.stack(draws).to(zt), ts)
+    z0 = encode_latents(run, images)  # (B, 4, h, w), of unit variance
     count = sum(name.endswith("attn1") for name, _ in run.unet.named_modules())
-    total = Aggregator(skip=count - last if last else 0)
-    run.unet(zt, ts, c.to(zt), maps=total)
-    return total.result()
+    totals = Several(Aggregator(max(count - last, 0) if last else 0) for last in lasts)
+    run.unet(z0, torch.full((len(z0),), t, device=z0.device), c.to(z0), maps=totals)
+    return [total.result() for total in totals]
 
 
 def segment(A: Tensor, size: int, grid=16, threshold=0.0, is_refined=False) -> Tensor:
@@ -198,7 +207,8 @@ def segment(A: Tensor, size: int, grid=16, threshold=0.0, is_refined=False) -> T
     masks = merge(A, grid, threshold or max(0.45 * first.median().item(), 1e-6), first=first)
     labels = label(refine(A, masks) if is_refined else masks, size)
     _, labels, areas = labels.unique(return_inverse=True, return_counts=True)  # some win nowhere
-    return areas.argsort(descending=True, stable=True).argsort()[labels]
+    largest_first = areas.argsort(descending=True, stable=True)
+    return largest_first.argsort()[labels]
 
 
 # ---- Command -------------------------------------------------------------------------------------
@@ -210,20 +220,18 @@ class SegmentPicture:
 
     pictures: tuple[str, ...] = field(default=(), metadata={"positional": True})  # X-rays, folders
     run_dir: str = ""  # run folder, the newest one when empty
-    step: int = 0  # checkpoint, the newest one when 0
+    step: str = ""  # checkpoint: a step, or best; empty: the newest
     out: str = "out"  # folder for the PNG files
     timestep: int = 300  # t of the UNet pass, 0…999 (paper: 300)
     threshold: float = 0.0  # symmetric KL below which maps merge (paper: 0.05); 0: by the picture
-    grid: int = 16  # anchors a side (paper: 16)
+    grid: int = 16  # anchors along each side (paper: 16)
     last: int = 0  # aggregate only this many maps, those nearest the output; 0: all, as published
     refine: bool = False  # finish with k-means
-    noise: bool = False  # add the noise of the timestep to the latent
-    seed: int = 0  # of that noise
     device: str = "auto"  # auto, cpu or cuda
 
 
 def segment_pictures(settings: SegmentPicture) -> None:
-    """Write overlay, label map (palette PNG, pixel = label) and a mask a segment."""
+    """Write overlay, label map (palette PNG, pixel = label) and a mask of each segment."""
     if not settings.pictures:
         return self_check()
     if not 0 <= settings.timestep < 1000 or settings.last < 0:
@@ -232,13 +240,12 @@ def segment_pictures(settings: SegmentPicture) -> None:
     import dinodiff
     run = dinodiff.load_run(settings.run_dir or dinodiff.newest_run(), settings.step or None,
                             settings.device)
-    seeds = [settings.seed] if settings.noise else None
     images = data.read_pictures(settings.pictures, run.size)
     if not images:
         raise UserError(f"found no readable X-ray in {settings.pictures}; name files or folders")
     for name, image in images.items():
         c = dinodiff.encode_tokens(run, image[None])
-        A = attention(run, image[None], c, settings.timestep, settings.last, seeds)[0]
+        A = attention(run, image[None], c, settings.timestep, settings.last)[0]
         labels = segment(A, run.size, settings.grid, settings.threshold, settings.refine)
         write_segments(Path(settings.out, name), image.numpy(), labels.cpu().numpy())
 

@@ -282,31 +282,31 @@ class Train:
     run_dir: str = ""  # run folder; empty: runs/PRESET. An existing one is resumed
     size: int = 64  # pixels, square
     steps: int = 1800  # optimizer steps of the UNet
-    batch: int = 16  # images a step, over all ranks and micro-batches
+    batch: int = 16  # images of one step, over all ranks and micro-batches
     micro_batch: int = 0  # images of one rank in one pass; 0: all of its share, 64 at most
     lr: float = 2e-3  # constant after the warm-up
     warmup: int = 50  # steps of linear warm-up
     optimizer: str = "adamw"  # adamw | adam8bit
-    weight_decay: float = 1e-2  # decoupled. CHOICE: AdamW's and the diffusers script's; not named
+    weight_decay: float = 1e-2  # decoupled, as AdamW has it. CHOICE: the diffusers script's
     clip: float = 1.0  # largest norm of the gradient; 0: none. CHOICE: the diffusers script's
     ema: float = 0.995  # decay of the average of weights that samples are drawn from; 0: none
     tokens: str = "global"  # global: c_GLB, the paper's method; all: patch tokens too (A.1)
     views: int = 2  # augmented views of each image encoded once; 0: encode at every step
     init: str = ""  # UNet to start from: sd15, a folder, a file or a hub id; empty: from scratch
     vae: str = ""  # folder, file or hub id (`id:subfolder`) of a VAE; empty: train one first
-    vit: str = ""  # the same for DINO
+    vit: str = ""  # the same of a DINO
     vae_steps: int = 600  # of the VAE's training, where one is trained
-    vit_steps: int = 250  # of DINO's
+    vit_steps: int = 250  # of DINO's training, where one is trained
     augment: bool = True  # random sharpening and affine maps (paper 2.5)
-    seed: int = 0
-    checkpoint_every: int = 300  # steps
+    seed: int = 0  # of all random numbers
+    checkpoint_every: int = 300  # steps between checkpoints
     keep: int = 0  # newest checkpoints that are kept; 0: all
     sample_every: int = 900  # steps between sample grids
     gradient_checkpointing: bool = False  # less memory, a third more time
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "fp32"  # fp32 | bf16 (autocast; weights, gradients, moments stay float32)
     compile: bool = True  # torch.compile, on CUDA only
-    workers: int = 0  # processes a rank that read images; 0: the training process itself
+    workers: int = 0  # processes of each rank that read images; 0: the rank itself
     cache_gb: float = 20.0  # local room for shards of a remote --data
     offline: bool = False  # never ask the hub, use its cache alone
     unet_config: UNetConfig = field(default_factory=lambda: UNetConfig(
@@ -348,7 +348,7 @@ PAPER = Train(
     views=0, checkpoint_every=2500, sample_every=2500, dtype="bf16", workers=8,
     unet_config=UNetConfig(), vae_config=VAEConfig())
 
-# Five condition tokens instead of one: 64 images a pass would fill 76 of 80 GB.
+# CHOICE: five condition tokens instead of one make 64 images in one pass too tight for 80 GB.
 PAPER_V2 = dataclasses.replace(PAPER, preset="paper-v2", micro_batch=32,
                                vit="timm/vit_base_patch14_reg4_dinov2.lvd142m")
 
@@ -379,12 +379,14 @@ def check_settings(s: Train, world: int) -> None:
     for name, value in vars(s).items():
         if value not in CHOICES.get(name, [value]):
             wrong.append(f"--{name} {value!r}, expected {' or '.join(CHOICES[name])}")
-        if isinstance(value, (int, float)) and not (name in POSITIVE) * 1e-30 <= value < math.inf:
+        least = 1e-30 if name in POSITIVE else 0
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
             wrong.append(f"--{name.replace('_', '-')} {value}, expected a finite number "
                          f"{'above' if name in POSITIVE else 'from'} 0")
-    if s.ema >= 1 or s.size % 8 or not 8 <= s.size <= 4096 or s.seed >= 2**62:
-        wrong.append(f"--size {s.size} --ema {s.ema} --seed {s.seed}, expected a multiple of 8 up "
-                     "to 4096, a decay below 1 and a seed below 2**62")
+    if s.size % 8 or not 8 <= s.size <= 4096:
+        wrong.append(f"--size {s.size}, expected a multiple of 8 from 8 to 4096")
+    if s.ema >= 1 or s.seed >= 2**62:
+        wrong.append(f"--ema {s.ema} --seed {s.seed}, expected a decay below 1, a seed below 2**62")
     if not s.data:
         wrong.append("no --data, expected a folder, a quoted glob of tar shards, "
                      "hf://datasets/OWNER/NAME/GLOB or 'pipe:COMMAND {shard}'")
@@ -657,7 +659,7 @@ def decode_latents(run: Run, z0: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(run: Run, c: Tensor, seeds: list[int], steps: int = 50, eta: float = 0.0) -> Tensor:
-    """c (B, S, N), a seed an image -> uint8 (B, size, size) on the CPU.
+    """c (B, S, N), a seed for each image -> uint8 (B, size, size) on the CPU.
 
     Row i is a function of c[i] and seeds[i] alone. CHOICE: DDIM; the paper names no sampler.
     """
@@ -681,7 +683,10 @@ HELD = []  # open lock files: a lock lasts until its process ends
 
 
 def lock_run(folder: Path) -> None:
-    """RUN/.lock: one process writes to a run. TRAP: flock would outlive us in forked workers."""
+    """RUN/.lock: one process writes to a run, or stops here with the name of the one that does.
+
+    TRAP: unlike `data.locked`'s flock, lockf is not inherited by workers, which may outlive us.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a+")
     try:
@@ -787,7 +792,7 @@ class Views:
     def __init__(self, run: Run, ds):
         self.folder = run.folder / "views"
         self.config = run.config
-        parts = encode_view(run, ds.read([0]), np.zeros(1, int), 0)
+        parts = encode_view(run, ds.read([0]), np.zeros(1, int), 0)  # one image, for its shapes
         self.shapes = [part.shape[1:] for part in parts]
         self.widths = [math.prod(shape) for shape in self.shapes]
         self.opened = {}
@@ -855,8 +860,10 @@ def make_views(run: Run, ds, rank: int, world: int) -> Views:
 
 
 @torch.no_grad()
-def encode_view(run: Run, pictures: Tensor, ids, step: int) -> list[Tensor]:
-    """uint8 (b, S, S) -> mean, logvar (b, 4, h, w), c (b, S, N) of the images as augmented.
+def encode_view(run: Run, pictures: Tensor, ids, draw: int) -> list[Tensor]:
+    """uint8 (b, H, W) -> mean, logvar (b, 4, h, w), c (b, S, N) of the images as augmented.
+
+    draw: number of the augmentation, which is the step, or the view.
 
     CHOICE: DINO sees the augmented image, as the VAE does, so the pair (z0, c) stays true.
     """
@@ -864,7 +871,7 @@ def encode_view(run: Run, pictures: Tensor, ids, step: int) -> list[Tensor]:
     with autocast(run.device, run.config["dtype"]):
         x = to_model(pictures)
         if run.config["augment"]:
-            x = data.augment(pictures, ids, step, run.config["seed"]).expand(-1, 3, -1, -1)
+            x = data.augment(pictures, ids, draw, run.config["seed"]).expand(-1, 3, -1, -1)
         mean, logvar = run.vae.encode(x.contiguous(memory_format=torch.channels_last))
         c = condition(run.vit, x, run.config["tokens"])
     return [mean.float(), logvar.float(), c.float()]
@@ -886,7 +893,9 @@ def begin_run(s: Train) -> dict:
     path = Path(s.run_dir, "config.json")
     mine = json.loads(json.dumps(dataclasses.asdict(s)))
     theirs = read_config(s.run_dir) if path.is_file() else mine
-    changed = [name for name in mine if theirs[name] != mine[name]]
+    places = ("data", "vae", "vit", "init")  # ./x is x
+    changed = [name for name in mine if theirs[name] != mine[name] and (
+        name not in places or os.path.abspath(theirs[name]) != os.path.abspath(mine[name]))]
     lines = [f"\n  {name}: the run has {theirs[name]!r}, now {mine[name]!r}" for name in changed]
     if set(changed) - set(MAY_CHANGE):
         raise UserError(f"{s.run_dir} holds a run with other settings:{''.join(lines)}\nTrain "
@@ -925,7 +934,8 @@ def finish_stages(s: Train, ds, device: torch.device) -> None:
 
 def make_net(name: str, s: Train, ds, device: torch.device) -> nn.Module:
     """A net from its source, or, for the small presets, from a training of minutes."""
-    source = getattr(s, name).replace("sd15", f"{SD15}:unet")
+    source = getattr(s, name)
+    source = f"{SD15}:unet" if source == "sd15" else source
     if source:
         return NETS[name].from_pretrained(source)
     log = Log(s.run_dir, name)
@@ -1027,7 +1037,8 @@ def memory_plan(s: Train, config: UNetConfig, micro: int, tokens: int) -> str:
 
 
 class Log:
-    """log.jsonl, a line a step. Lines of `stage` after `step`, written again now, are dropped."""
+    """log.jsonl, one line for each step. Lines of `stage` later than `step` are removed: those
+    steps run again."""
 
     def __init__(self, folder, stage: str, step: int = 0):
         path = Path(folder, "log.jsonl")
@@ -1058,7 +1069,7 @@ class Journal:
         self.is_due = False  # a checkpoint waits for a step with finite numbers
 
     def record(self, step: int, loss: float, norm: float, names: list[str]) -> bool:
-        """Log a step -> may the weights take it? Not where its numbers are not finite."""
+        """Log a step -> are its numbers finite? UserError after ten in a row that are not."""
         rate = self.s.batch / (time.perf_counter() - self.clock)
         row = {"stage": "unet", "step": step, "loss": loss, "lr": learning_rate(self.s, step),
                "grad_norm": norm, "images_per_s": round(rate, 2)}
@@ -1078,11 +1089,14 @@ class Journal:
         return is_finite
 
     def wants_checkpoint(self, step: int, is_last: bool) -> bool:
-        """At its step, or as soon after it as a step is not skipped; last, after one at most."""
+        """One is due every `checkpoint_every` steps and at the end. It waits while steps are
+        skipped; at the end it is written after one skipped step, but not after several."""
         self.is_due |= is_last or step % self.s.checkpoint_every == 0
-        wants = self.is_due and self.skipped <= is_last
-        self.is_due &= not wants
-        return wants
+        allowed = 1 if is_last else 0
+        if not self.is_due or self.skipped > allowed:
+            return False
+        self.is_due = False
+        return True
 
 
 def learning_rate(s: Train, step: int) -> float:
@@ -1138,16 +1152,19 @@ def train(settings: Train) -> None:
                             micro_batch=min(settings.micro_batch or micro, share))
     run, ds = open_frozen(s, device, rank)
     views = make_views(run, ds, rank, world) if s.views else None
-    unet, optimizer = open_unet(s, run)
+    unet, optimizer = open_unet(s, run)  # sets run.step, and run.unet to the average
     model = DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
     if device.type == "cuda" and rank == 0:
-        print(memory_plan(s, unet.config, s.micro_batch, run.vit.config.global_count), flush=True)
+        tokens = condition(run.vit, torch.zeros(1, 3, 8, 8, device=device), s.tokens).shape[1]
+        print(memory_plan(s, unet.config, s.micro_batch, tokens), flush=True)
     batches = data.batches(ds, s.batch, run.step, s.seed, rank, world, s.micro_batch, s.workers,
                            read=views.read if views else None)
     side = s.size // run.vae.config.factor
     shape = (s.batch, unet.config.in_channels, side, side)
     journal = Journal(s, run.step, rank)
     signals = watch_signals()
+    if rank == 0 and run.step and wants_grid(s, run.step) and not grid_path(run).is_file():
+        save_grid(run, ds)  # the last process ended between the checkpoint and its grid
 
     for step in range(run.step, s.steps):
         t, eps, noise = draw_step(s, step, shape, device)  # [DDPM algorithm 1, lines 3 and 4]
@@ -1174,7 +1191,8 @@ def train(settings: Train) -> None:
         norm = nn.utils.clip_grad_norm_(unet.parameters(), s.clip or math.inf)
         loss_mean, norm, stops = share_step(loss_sum, norm, bool(signals))
         run.step = step + 1
-        if journal.record(run.step, loss_mean, norm, [ds.keys[i] for i in ids.tolist()]):
+        is_finite = journal.record(run.step, loss_mean, norm, [ds.keys[i] for i in ids.tolist()])
+        if is_finite:  # else the weights stay as they are
             optimizer.step()
             if s.ema:
                 update_average(run.unet, unet, s.ema, run.step)
@@ -1182,7 +1200,7 @@ def train(settings: Train) -> None:
         is_end = stops or run.step == s.steps
         if journal.wants_checkpoint(run.step, is_end) and rank == 0:
             save_checkpoint(s, run, unet, optimizer)
-        if rank == 0 and not stops and (is_end or run.step % s.sample_every == 0):
+        if rank == 0 and not stops and wants_grid(s, run.step):
             save_grid(run, ds)
         journal.clock = time.perf_counter()  # checkpoints and pictures are not the step's time
         if is_end:
@@ -1205,6 +1223,14 @@ def finish(s: Train, journal: Journal, world: int) -> None:
         dist.destroy_process_group()
 
 
+def wants_grid(s: Train, step: int) -> bool:
+    return step == s.steps or step % s.sample_every == 0
+
+
+def grid_path(run: Run) -> Path:
+    return run.folder / "samples" / f"step-{run.step:07d}.png"
+
+
 def save_grid(run: Run, ds, count: int = 6) -> None:
     """samples/step-N.png. A row: a real X-ray A, its VAE round trip, and with one noise what
     becomes of its reconstruction as the condition goes to that of the next row's image B."""
@@ -1218,7 +1244,7 @@ def save_grid(run: Run, ds, count: int = 6) -> None:
     cells = torch.stack(list(columns.values()), dim=1).flatten(0, 1).numpy()
     sheet = data.grid(cells, len(columns), [*columns] * len(real),
                       title=f"step {run.step:,}: one noise from r = 0 (A) to r = 1 (B)")
-    data.save_png(run.folder / "samples" / f"step-{run.step:07d}.png", sheet)
+    data.save_png(grid_path(run), sheet)
 
 
 # ---- Sampling from a run (paper 2.3) -----------------------------------------------------------
@@ -1237,7 +1263,7 @@ class SampleSettings:
     ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # r: 0 is the first image, 1 the second
     out: str = "out"  # folder for the PNGs
     step: str = ""  # checkpoint: a step, or best; empty: the newest
-    steps: int = 50  # of DDIM
+    steps: int = 50  # of DDIM; the start is at full noise where they divide 1000
     eta: float = 0.0  # 0: deterministic DDIM … 1: DDPM's variance
     batch: int = 32  # images in one pass
     seed: int = 0  # a sample depends on this, its images' pixels and its variant alone

@@ -21,6 +21,7 @@ import hashlib
 import io
 import itertools
 import math
+import os
 import pickle
 import re
 import shlex
@@ -64,7 +65,7 @@ class Common:
     step: str = ""  # checkpoint: a number, newest, or empty: best.json's, or else the newest
     data: str = ""  # images to measure on; empty: unseen phantoms, for a run trained on phantoms
     train_data: str = ""  # the generator's training images; empty: those its config.json names
-    seed: int = 0
+    seed: int = 0  # of all random numbers
     device: str = "auto"  # auto | cpu | cuda
     offline: bool = False  # never ask the hub, use its cache alone
     out: str = ""  # folder of the results; empty: RUN/eval
@@ -76,11 +77,11 @@ class Labelled(Common):
 
     labels: str = ""  # CSV of labels; empty: the one beside the data
     findings: tuple[str, ...] = ()  # these alone; empty: all that are not rarer than --prevalence
-    prevalence: float = 0.04  # of a finding among all images (paper: 4 %)
+    prevalence: float = 0.04  # smallest share of images that have a finding (paper: 4 %)
     held_out: float = 0.375  # share of the images, by patient, to test on; MIMIC-CXR: p19
     steps: int = 50  # DDIM steps of a synthetic image
     micro_batch: int = 32  # images of one rank in one pass
-    protocol: str = "auto"  # features: xrv-224 | local | dino; auto: the first that can be had
+    protocol: str = "auto"  # features: xrv-224 | local | dino; auto: the first available
     xrv: str = XRV  # torchxrayvision's DenseNet: hub id, folder, .safetensors or the public .pt
     as_paper: bool = False  # let a leak between the parts pass, and mark the results
 
@@ -88,7 +89,7 @@ class Labelled(Common):
 @dataclass(frozen=True)
 class Fid(Labelled):
     checkpoints: str = "one"  # one: that of --step | all: the curve of Figure 3, and best.json
-    count: int = 5000  # real test images, each reconstructed once (the paper's number)
+    count: int = 5000  # real test images, each reconstructed once (paper: 5000)
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,17 @@ class Classify(Labelled):
 
     sizes: tuple[int, ...] = (50, 100, 500, 1000, 5000)  # N, real images (Table 1)
     ratios: tuple[int, ...] = (1, 5, 10, 50)  # synthetic images for each real one
-    strategies: tuple[str, ...] = ("reconstruct", "interpolate")
+    strategies: tuple[str, ...] = ("reconstruct", "interpolate")  # or one of them
     folds: int = 5  # by patient; one validates, the others train
     epochs: int = 150  # at most
-    batch: int = 64
+    batch: int = 64  # images of one step
     lr: float = 1e-4  # of AdamW
-    weight_decay: float = 1e-5
+    weight_decay: float = 1e-5  # of AdamW
     patience: int = 10  # epochs without a better validation AUC until lr / 10
     early_stop: int = 25  # epochs without a better validation AUC until the end
     equal_steps: bool = False  # as many steps in each cell of a column, and no early stop
     size: int = 224  # pixels of the input. CHOICE: torchxrayvision's; the paper names none
-    workers: int = 0  # trainings at once on this rank; 0: one a core on a CPU, one on a GPU
+    workers: int = 0  # trainings at once on this rank; 0: one per core on a CPU, one on a GPU
     net: tuple = field(default=(32, (6, 12, 24, 16), 64), metadata={"flag": False})  # DenseNet-121
 
 
@@ -120,7 +121,7 @@ class Segment(Common):
     timesteps: tuple[int, ...] = (50, 100, 300, 500, 700)  # t; the nearest to 300 is the base
     thresholds: tuple[float, ...] = (  # tau of merging
         0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5, 1.0)
-    grids: tuple[int, ...] = (16,)  # M, anchors a side; the first one is the base
+    grids: tuple[int, ...] = (16,)  # M, anchors along each side; the first one is the base
     last: int = 2  # rows from so many attention maps nearest the output, beside those from all
     candidates: str = "parts"  # parts: segments and their connected parts | segments: as published
     refine: bool = False  # finish with k-means, as DiffSeg may
@@ -215,7 +216,7 @@ def seed_of(*values) -> int:
 
 
 def weights_digest(*nets) -> str:
-    """Names the bytes of all weights. TRAP: a float sum of them depends on the threads."""
+    """A hash of the bytes of all weights. TRAP: a float sum of them depends on the threads."""
     found = hashlib.blake2b(digest_size=8)
     for tensor in itertools.chain(*(net.state_dict().values() for net in nets)):
         found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -223,7 +224,7 @@ def weights_digest(*nets) -> str:
 
 
 def name_of(run) -> str:
-    """Names all that a synthetic image depends on, but for its condition, seed and steps."""
+    """A hash of all that a synthetic image depends on, but for its condition, seed and steps."""
     how = run.size, run.config.get("tokens"), run.config.get("dtype")
     return data.digest(weights_digest(run.unet, run.vae, run.vit), how)
 
@@ -307,6 +308,8 @@ def open_labelled(s) -> Measurement:
     if all(re.fullmatch(r"p?1\d{7}", patient) for patient in patients):  # MIMIC-CXR: as the paper
         is_test = np.array([data.is_mimic_test(patient) for patient in patients])
         m.pool, m.test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
+        m.notes.append(f"MIMIC-CXR's own parts: {len(m.test):,} images of p19 test, the other "
+                       f"{len(m.pool):,} may train a classifier.")
     if not any(patients):
         m.notes.append("No patient is known for these images: they are split by image, so a "
                        "patient may be on both sides.")
@@ -355,7 +358,7 @@ def check_leak(s, m, what, shared) -> None:
     """Stop where two sides of a split share something; with --as-paper mark the results instead."""
     found = f"{what} ({len(shared)}: {', '.join(shared[:5])}{' …' * (len(shared) > 5)})"
     if shared and not s.as_paper:
-        raise UserError(f"found a leak: {found}. Numbers measured so would flatter. Expected two "
+        raise UserError(f"found a leak: {found}. These numbers would be too good. Expected two "
                         "sides that share nobody: give other --data, or --as-paper to mark the "
                         "results and go on")
     m.notes += [f"MARKED (--as-paper): {found}. These numbers flatter."] * bool(shared)
@@ -416,11 +419,11 @@ def round_ticks(low, high) -> list[float]:
     return [k * step for k in range(first, max(first + 1, math.ceil(high / step - 1e-9)) + 1)]
 
 
-def chart(path, rows, name, x, y, title, labels, is_bars=False) -> str:
+def chart(path, rows, name, x, y, title, labels, is_bars=False, is_even=True) -> str:
     """Lines, or grouped bars, of rows -> the Markdown that shows the picture.
 
-    name: format of a row's fields, a line or colour each; x, y: fields, x spaced evenly. Fields
-    y_low and y_high end the error bar, `mark` stands above it.
+    name: format of a row's fields, a line or colour each; x, y: fields, x spaced evenly, or by its
+    value. Fields y_low and y_high end the error bar, `mark` stands above it.
     """
     image = Image.new("RGB", (1800, 1040), "white")  # reduced to half at the end
     draw = ImageDraw.Draw(image)
@@ -428,13 +431,16 @@ def chart(path, rows, name, x, y, title, labels, is_bars=False) -> str:
     rows = [{f"{y}_low": row[y], f"{y}_high": row[y], "mark": ""} | row for row in rows]
     names = list(dict.fromkeys(map(name.format_map, rows)))
     slots = sorted({row[x] for row in rows})
+    marks = slots[::-(-len(slots) // 12)] if is_even else round_ticks(slots[0], slots[-1])
     span = [row[y + end] for row, end in itertools.product(rows, ("", "_low", "_high"))]
     span += [0.0] * is_bars
     ticks = round_ticks(np.nanmin(span), np.nanmax(span))
     left, right, top, bottom = 170, 1760, 130 + 40 * -(-len(names) // 3), 910
 
-    def across(k):
-        return left + (k + 0.5) * (right - left) / len(slots)
+    def across(v):
+        share = (slots.index(v) + 0.5) / len(slots) if is_even else (
+            (v - marks[0]) / (marks[-1] - marks[0]))
+        return left + share * (right - left)
 
     def up(v):
         return bottom - (v - ticks[0]) / (ticks[-1] - ticks[0]) * (bottom - top)
@@ -445,23 +451,26 @@ def chart(path, rows, name, x, y, title, labels, is_bars=False) -> str:
     for v in ticks:
         draw.line([(left, up(v)), (right, up(v))], "#dddddd", 2)
         draw.text((left - 15, up(v)), f"{v:,.6g}", INK, font, "rm")
-    for k in range(0, len(slots), -(-len(slots) // 12)):
-        draw.text((across(k), bottom + 15), f"{slots[k]:,.6g}", INK, font, "ma")
+    for v in marks:
+        draw.text((across(v), bottom + 15), f"{v:,.6g}", INK, font, "ma")
     half = 0.36 * (right - left) / len(slots) / len(names) if is_bars else 8
+    rim = 0 if is_bars else 4
     for k, one in enumerate(names):
         colour = COLOURS[k % len(COLOURS)]
         corner = left + k % 3 * 540, 80 + k // 3 * 40
         draw.rectangle([*corner, corner[0] + 30, corner[1] + 20], colour)
         draw.text((corner[0] + 45, corner[1] - 5), one, INK, font)
         part = [row for row in rows if name.format_map(row) == one and math.isfinite(row[y])]
-        shift = (2 * k + 1 - len(names)) * half * 1.1 * is_bars
-        spots = sorted((across(slots.index(row[x])) + shift, up(row[y])) for row in part)
+        # Bars stand side by side, and the error bars of lines a little.
+        shift = (2 * k + 1 - len(names)) * (half * 1.1 if is_bars else 3 * is_even)
+        spots = sorted((across(row[x]) + shift, up(row[y])) for row in part)
         if not is_bars:
             draw.line(spots, colour, 5)
         for (px, py), row in zip(spots, sorted(part, key=lambda row: row[x])):
             floor = up(0) if is_bars else py
             high = up(row[f"{y}_high"])
-            draw.rectangle([px - half, min(py, floor) - 4, px + half, max(py, floor) + 4], colour)
+            draw.rectangle([px - half, min(py, floor) - rim, px + half, max(py, floor) + rim],
+                           colour)
             ends = [(px, up(row[f"{y}_low"])), (px, high)]
             draw.line(ends, INK if is_bars else colour, 3)
             draw.text((px, min(high, floor)), row["mark"], INK, font, "md")
@@ -865,6 +874,8 @@ def fid(s: Fid) -> None:
     """Reconstruct each real test image once, compare the sets; two floors; Figure 3, best.json."""
     if s.checkpoints not in ("one", "all"):
         raise UserError(f"found --checkpoints {s.checkpoints}, expected one or all")
+    if s.checkpoints == "all":  # the same rows whether or not best.json has been written
+        s = dataclasses.replace(s, step=s.step or "newest")
     m = open_labelled(s)
     name, embed, net = open_features(m, s)
     test, others = [rows[np.argsort(data.hash64(s.seed, 3, rows))][:s.count]
@@ -1207,8 +1218,9 @@ def fidelity_sets(strategy, pairs, val) -> dict[str, Pictures]:
     """Synthetic images whose sources the classifier has not seen, by min(r, 1 - r)."""
     rows = pairs.inside(val)[:2000]
     is_far = np.minimum(pairs.r, 1 - pairs.r)[rows] > 0.25
-    parts = {"r up to 1/4 from the labelled end": rows[~is_far], "r beyond 1/4": rows[is_far]}
-    return {f"fidelity: {strategy}, {name}": pairs.pictures.take(part)
+    parts = {", r up to 1/4 from the labelled end": rows[~is_far], ", r beyond 1/4": rows[is_far]}
+    parts = parts if pairs.r.any() else {"": rows}  # a reconstruction has no r
+    return {f"fidelity: {strategy}{name}": pairs.pictures.take(part)
             for name, part in parts.items() if len(part)}
 
 
@@ -1231,11 +1243,9 @@ def train_all(s, m, jobs) -> list[dict]:
     """The results of some trainings; on a CPU in one process a core, each of one thread."""
     is_cpu = m.run.device.type == "cpu"
     count = s.workers or (data.cores() // ranks()[1] if is_cpu else 1)
-    if count < 2 or len(jobs) < 2:
-        return [job() for job in data.progress(jobs, "training classifiers")]
     # TRAP: not by fork: a forked child would wait for the parent's threads.
-    with data.process_pool(count, start="spawn") as pool:
-        return list(data.progress(pool.map(call, jobs), "training classifiers", len(jobs)))
+    return data.run_jobs(call, [(job,) for job in jobs], "training classifiers", max(count, 1),
+                         " trainings", "spawn")
 
 
 def paired_tests(scores, baseline, test_share) -> tuple[float, float]:
@@ -1413,13 +1423,14 @@ def select(pool, target) -> tuple[np.ndarray, float]:
     """
     size = target.shape[1:]
     target = np.concatenate([target, target.max(0)[None]]).reshape(3, -1).astype(np.float32)
-    dice = 2 * pool @ target.T / (pool.sum(1)[:, None] + target.sum(1))  # with left, right, both
+    LEFT, RIGHT, BOTH = range(3)
+    dice = 2 * pool @ target.T / (pool.sum(1)[:, None] + target.sum(1))  # (K, 3)
     chosen = np.zeros(pool.shape[1], bool)
     while dice.max(initial=0) > 0.2:
         k, lung = np.unravel_index(dice.argmax(), dice.shape)
         chosen |= pool[k] > 0
         dice[pool @ pool[k] > 0] = 0
-        dice[:, [lung, 2] if lung < 2 else [0, 1, 2]] = 0
+        dice[:, [LEFT, RIGHT, BOTH] if lung == BOTH else [lung, BOTH]] = 0
     return chosen.reshape(size), dice_score(chosen, target[2])
 
 
@@ -1488,26 +1499,13 @@ def models_of(m, s) -> list[Model]:
     return found
 
 
-class Aggregators(list):
-    """Several diffseg.Aggregator that take the attention maps of one UNet pass."""
-
-    def append(self, probabilities):
-        for part in self:
-            part.append(probabilities)
-
-
-@torch.no_grad()
-def attention(s, model, run, images, t) -> dict[str, Tensor]:
-    """One UNet pass on clean latents -> {"all maps": A (B, S², S²), and of the --last ones}."""
-    count = sum(name.endswith("attn1") for name, _ in run.unet.named_modules())
-    skips = {"all maps": 0} | ({f"last {s.last} maps": max(count - s.last, 0)} if s.last else {})
-    maps = Aggregators([diffseg.Aggregator(skip) for skip in skips.values()])
+def attention_maps(s, model, run, images, t) -> dict[str, Tensor]:
+    """{"all maps": A (B, S², S²), and of the --last ones}, from one UNet pass."""
+    lasts = {"all maps": 0} | ({f"last {s.last} maps": s.last} if s.last else {})
     c = encode_tokens(run, images)
     if model.c is not None:
         c = model.c.to(c).expand(len(c), -1, run.unet.config.cross_attention_dim)
-    z0 = dinodiff.encode_latents(run, images)
-    run.unet(z0, torch.full((len(c),), t, device=z0.device), c, maps=maps)
-    return {name: part.result() for name, part in zip(skips, maps)}
+    return dict(zip(lasts, diffseg.attentions(run, images, c, t, [*lasts.values()])))
 
 
 def segment_image(s, A, M, image, truth) -> list[dict]:
@@ -1548,7 +1546,7 @@ def sweep(m, s, model, run, weights, t, ids) -> list[dict]:
 
     def score(some):
         images = m.ds.read(some)
-        maps = attention(s, model, run, images, t)
+        maps = attention_maps(s, model, run, images, t)
         each = [{name: A[k] for name, A in maps.items()} for k in range(len(some))]
         with ThreadPoolExecutor(max(1, data.cores() // ranks()[1])) as threads:
             rows = threads.map(functools.partial(score_image, s, model), some.tolist(),
@@ -1569,7 +1567,7 @@ def summarise_dice(m, rows, **fields) -> list[dict]:
         for name in (sets[row["key"]], "combined"):
             groups[name, by, row["maps"], row["M"], row["tau"]].append(100 * row[by])
     found = []
-    for group, dice in groups.items():
+    for group, dice in sorted(groups.items(), key=lambda item: item[0][0] == "combined"):
         low, median, high = np.percentile(dice, (25, 50, 75)).tolist()
         found.append(dict(zip(("set", "by", "maps", "M", "tau"), group)) | fields | {
             "run": m.run.folder.name, "protocol": f"{len(m.test)} images of {m.ds.name}",
@@ -1661,7 +1659,7 @@ def gallery(m, s, model, best) -> None:
         order = sorted(m.test[np.array(m.names) == name].tolist(), key=dice.get)
         for i in dict.fromkeys([*order[-2:], *order[:2]]):
             images, truth = m.ds.read([i]), m.ds.mask(i)
-            A = attention(s, model, run, images, best["t"])[best["maps"]][0]
+            A = attention_maps(s, model, run, images, best["t"])[best["maps"]][0]
             image = images[0].numpy()
             one = segment_image(s, A, best["M"], image, truth)[s.thresholds.index(best["tau"])]
             for mask in (image < 0, truth.any(0), *one["picks"]):
@@ -1677,13 +1675,15 @@ def segment_section(rows, out) -> list[str]:
     """Table 2 and Figures 10-12 of rows of one run or several."""
     parts, lines = by_protocol(rows)
     title = "{run}: {model}, {by}, {maps} (step {step:,}, t {t}, M {M}, tau {tau})"
+    floor = "no network: {maps}"  # the same for all runs
     for k, part in enumerate(parts):
         runs = list(dict.fromkeys(row["run"] for row in part))
         head = [row | {"tau": row["tau"] or "own"} for row in part if row["is_headline"]]
-        down, across = (title, "{set} ({images})") if len(runs) == 1 else ("{set}", title)
+        head = [row | {"title": (floor if row["model"] == "no network" else title).format_map(row)}
+                for row in head]
         lines += ["## Zero-shot lung segmentation (2.4, Table 2)", "",
                   f"Mean Dice ± SD in %; {part[0]['protocol']}.\n",
-                  *pivot(head, down, across, "{dice:.1f} ± {sd:.1f}"),
+                  *pivot(head, "{title}", "{set} ({images})", "{dice:.1f} ± {sd:.1f}"),
                   "Oracle: segments and settings chosen by their Dice with the true lungs, as in "
                   "the paper. Rule: settings fixed beforehand, segments chosen by where lungs are "
                   "expected and by darkness; it reads no mask.\n", PAPER_TABLE_2]
@@ -1693,8 +1693,10 @@ def segment_section(rows, out) -> list[str]:
             best = best_of(own)
             line = [row for row in matching(own, {key: best[key] for key in SETTING if key != x})
                     if row["tau"] is not None]
+            fixed = ", ".join(f"{key} {best[key]}" for key in ("step", "t", "M", "tau") if key != x)
             lines.append(chart(out / f"figure{number}-{run}-{k}.png", line, "{set}", x, "median",
-                               f"{run}: median Dice and quartiles", (x, "Dice, %")))
+                               f"{run}, oracle, {fixed}: median Dice and quartiles",
+                               (x, "Dice, %")))
     return lines + ["![Figures 5 and 9: best and worst images](figure5-9.png)\n"]
 
 
@@ -1768,9 +1770,11 @@ def audit(s: Audit) -> None:
     trained = subsample(np.arange(len(m.train)), s.train_images)
     unseen = subsample(m.test, 4 * s.count)
     pool = subsample(m.pool, s.train_images)
+    if not any(s.finding in ("", *m.ds.labels[i]) for i in subsample(unseen, s.count)):
+        raise UserError(f"no unseen image has the finding {s.finding!r} (--finding)")
     bank, real = vectors(m.train.read, trained), vectors(m.ds.read, unseen)
     rows = []
-    cells = []
+    cells, titles = [], []
     for kind, ds, ids, known in (("training images", m.train, trained, bank),
                                  ("unseen images", m.ds, unseen, real)):
         picked = subsample(np.arange(len(ids)), s.count)
@@ -1782,17 +1786,17 @@ def audit(s: Audit) -> None:
             rows.append(figures | {"kind": kind, "space": space, "images": len(images)})
             near = distance.argsort()[:8]
             cells += [*images[near], *m.train.read(trained[index[near]])]
+            titles += [f"of {kind}", f"nearest by {space}"]
     far = (made - known[picked])[:, PIXELS:].norm(dim=1).argsort(descending=True)
     worst = [i for i in unseen[picked[far]] if s.finding in ("", *m.ds.labels[i])][:8]
-    if not worst:
-        raise UserError(f"no unseen image has the finding {s.finding!r} (--finding)")
+    m.notes += [f"Figure 8 is from images with {s.finding} alone (--finding)."] * bool(s.finding)
     failures = [m.ds.read(worst), *[make(m, s, m.ds, worst, variant) for variant in range(4)]]
     rows += [{"kind": "interpolations", "obeyed": interpolate(m, s, unseen[:33])},
              copies(m, unseen, real, "the generator's training images", m.train, trained, bank),
              copies(m, unseen, real, "the classifier's training part", m.ds, pool,
                     vectors(m.ds.read, pool))]
     if ranks()[0] == 0:
-        save_sheet(m.out / "audit.png", cells, 8, ["synthetic", "nearest training image"] * 4)
+        save_sheet(m.out / "audit.png", cells, len(near), titles)
         save_sheet(m.out / "figure8.png", itertools.chain(*failures), len(worst),
                    ["real", *[f"variant {k}" for k in range(4)]])
     base = {"run": m.run.folder.name, "step": m.run.step}
@@ -1855,9 +1859,11 @@ def audit_section(rows, out) -> list[str]:
              "is a model that ignores its condition.\n"]
     lines += [f"{row['run']}: {100 * row['obeyed']:.0f} % of the steps from r = 0 to 1 with one "
               "noise lead away from A, or towards B.\n" for row in rows if "obeyed" in row]
-    lines += [f"{row['run']}: {len(row['copies'])} test images are copies among {row['among']} "
-              f"{', '.join(row['copies'][:5])}\n" for row in rows if "copies" in row]
-    return lines + ["![closest pairs](audit.png)\n", "![Figure 8: worst](figure8.png)\n"]
+    lines += [f"{row['run']}: {len(row['copies'])} test images are copies among {row['among']}"
+              f"{': ' * bool(row['copies'])}{', '.join(row['copies'][:5])}.\n"
+              for row in rows if "copies" in row]
+    return lines + ["![Synthetic images of training and of unseen images, those nearest to a "
+                    "training image, above it](audit.png)\n", "![Figure 8: worst](figure8.png)\n"]
 
 
 # ---- Everything, and the report of one run or several ------------------------------------------
@@ -1917,9 +1923,14 @@ def evaluate_all(s: Everything) -> None:
 def write_report(s: Report, notes=()) -> None:
     """report.md: all sections of one run, or of several side by side as in the paper."""
     folders = [Path(name) for name in s.run_dir or (dinodiff.newest_run(),)]
-    is_one = len(folders) == 1
-    out = Path(s.out or (folders[0] / "eval" if is_one else folders[0].parent / "report"))
-    lines = [f"# Evaluation of {', '.join(folder.name for folder in folders)}", "",
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError(f"found the run folders {', '.join(map(str, folders))}, expected a name "
+                        "for each: tables and figures go by it")
+    usual = folders[0] / "eval" if len(folders) == 1 else folders[0].parent / "report"
+    out = Path(s.out or usual)
+    is_one = len(folders) == 1 and any((out / f"{name}.json").is_file() for name in COMMANDS)
+    lines = [f"# Evaluation of {', '.join(names)}", "",
              "No medical device; nothing here is validated for clinical use.\n",
              *[f"> {note}\n" for note in notes]]
     rows = {}
@@ -1928,17 +1939,20 @@ def write_report(s: Report, notes=()) -> None:
         found = [data.read_json(place / f"{name}.json", list) for place in places
                  if (place / f"{name}.json").is_file()]
         rows[name] = list(itertools.chain(*found))
+        if not all(isinstance(row, dict) and "run" in row for row in rows[name]):
+            raise UserError(f"{name}.json of {', '.join(map(str, places))}: found no rows that "
+                            f"python evaluate.py {name} writes; run it again")
         if is_one and found:
-            lines.append((out / f"{name}.md").read_text())
+            lines.append(read_text(out / f"{name}.md"))
         elif found:
             out.mkdir(parents=True, exist_ok=True)
-            lines += section(rows[name], out)
+            lines += joined(section(rows[name], out), name, places, out)
     if not any(rows.values()):
         raise UserError(f"{', '.join(map(str, folders))}: no results in eval/, expected those of "
                         f"python evaluate.py {' | '.join(COMMANDS)}")
     lines += fid_against_dice(rows, out)
     paper = Path(__file__).parent / "docs" / "paper_table1.md"
-    lines += [paper.read_text()] if paper.is_file() else []
+    lines += [read_text(paper)] if paper.is_file() else []
     for folder in folders:
         pictures = [*sorted(folder.glob("samples/*.png"))[-1:], *sorted(folder.glob("eval/*.png"))]
         lines += [f"- [{folder.name}, {path.name}]({path.resolve()})" for path in pictures]
@@ -1946,18 +1960,44 @@ def write_report(s: Report, notes=()) -> None:
     print(f"-> {out / 'report.md'}")
 
 
+def read_text(path: Path) -> str:
+    """A text of ours, whatever the locale; it may hold a file's name that is no UTF-8."""
+    return path.read_text("utf-8", "surrogateescape")
+
+
+def joined(lines, name, places, out) -> list[str]:
+    """A section of several runs, with each run's own pictures and the notes of its NAME.md."""
+    found = []
+    for line in lines:
+        shown = re.fullmatch(r"!\[(.*)\]\((.*)\)\n", line)
+        if not shown or (out / shown[2]).is_file():
+            found.append(line)
+            continue
+        for path in [place / shown[2] for place in places if (place / shown[2]).is_file()]:
+            where = os.path.relpath(path, out)
+            found.append(f"{path.parent.parent.name}: {shown[1]}\n\n![{shown[1]}]({where})\n")
+    notes = defaultdict(list)
+    for path in [place / f"{name}.md" for place in places if (place / f"{name}.md").is_file()]:
+        for line in read_text(path).splitlines():
+            if line.startswith("> ") and f"{line}\n" not in lines:
+                notes[line[2:]].append(path.parent.parent.name)
+    return found + [f"> {', '.join(names)}: {text}\n" for text, names in notes.items()]
+
+
 def fid_against_dice(rows, out) -> list[str]:
     """B.2: does a better FID segment better? A line a run over its checkpoints."""
     dice = defaultdict(float)
-    for row in matching(rows["segment"], {"model": "this run", "by": "oracle", "maps": "all maps"}):
-        key = row["run"], row["step"]
+    for row in matching(rows["segment"], {"model": "this run", "by": "oracle", "maps": "all maps",
+                                          "set": "combined", "stage": "coarse"}):
+        key = row["run"], row["step"]  # the coarse sweep is the same for all checkpoints
         dice[key] = max(dice[key], row["dice"])
     found = [row | {"best_dice": dice[row["run"], row["step"]]}
              for row in matching(rows["fid"], {"kind": "reconstruction"})
              if (row["run"], row["step"]) in dice]
-    return [chart(out / "fid-dice.png", found, "{run}", "fid", "best_dice",
-                  "Dice against FID over checkpoints (B.2)", ("FID", "best Dice, %"))
-            ] if len(found) > 1 else []
+    return [chart(out / f"fid-dice-{k}.png", part, "{run}", "fid", "best_dice",
+                  f"Dice against FID over checkpoints (B.2), {part[0]['protocol']}",
+                  ("FID", "best Dice, %"), is_even=False)
+            for k, part in enumerate(by_protocol(found)[0]) if len(part) > 1]
 
 
 def convert(s: Convert) -> None:

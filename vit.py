@@ -103,10 +103,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, maps=None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if maps is not None:
-            maps.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))  # (B, heads, S, S)
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, S, N / heads)
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -133,8 +131,8 @@ class Block(nn.Module):
             fc1=nn.Linear(N, config.mlp_size), act=nn.GELU(), fc2=nn.Linear(config.mlp_size, N)))
         self.ls2 = scale(N)
 
-    def forward(self, x: Tensor, maps=None) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x), maps))
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -171,10 +169,9 @@ class ViT(nn.Module):
         x = F.interpolate(x, (S, S), mode=self.config.interpolation, antialias=True)
         return self.normalise((x.clamp(-1, 1) + 1) / 2)  # TRAP: bicubic overshoots black and white
 
-    def forward(self, x: Tensor, maps: list | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) normalised -> tokens (B, 1 [+ 1] + R + L, N) after the final norm: CLS,
-        PLR, REG, patches; L = (H // P) * (W // P). `maps` gets each block's attention
-        probabilities (B, heads, T, T), T = 1 + R + L. [Dosovitskiy 2021; Darcet 2024]
+        PLR, REG, patches; L = (H // P) * (W // P). [Dosovitskiy 2021; Darcet 2024]
         """
         patches = self.patch_embed(x)  # (B, N, H/P, W/P)
         c = self.config
@@ -194,7 +191,7 @@ class ViT(nn.Module):
         prefix = prefix.expand(len(x), -1, -1).to(patches.dtype)
         x = torch.cat([prefix, patches.flatten(2).mT], dim=1)  # (B, 1 + R + L, N)
         for block in self.blocks:
-            x = block(x, maps)
+            x = block(x)
         x = self.norm(x)
         if self.pooler is None:
             return x
