@@ -882,7 +882,7 @@ def fid(s: Fid) -> None:
                     for rows in (m.test, m.pool)]
     others = others[:len(test)]
     base = {"run": m.run.folder.name, "images": len(test),
-            "protocol": f"{name}, {len(test)} images of {m.ds.name}"}
+            "protocol": f"{name}, {len(test)} images of {m.ds.name}, {m.run.size} px"}
     key = [weights_digest(net), test.tolist(), others.tolist()]
 
     def features(rows, pictures):
@@ -1570,7 +1570,8 @@ def summarise_dice(m, rows, **fields) -> list[dict]:
     for group, dice in sorted(groups.items(), key=lambda item: item[0][0] == "combined"):
         low, median, high = np.percentile(dice, (25, 50, 75)).tolist()
         found.append(dict(zip(("set", "by", "maps", "M", "tau"), group)) | fields | {
-            "run": m.run.folder.name, "protocol": f"{len(m.test)} images of {m.ds.name}",
+            "run": m.run.folder.name,
+            "protocol": f"{len(m.test)} images of {m.ds.name}, {m.run.size} px",
             "images": len(dice), "dice": float(np.mean(dice)), "sd": float(np.std(dice)),
             "median": median, "median_low": low, "median_high": high, "is_headline": False})
     return found

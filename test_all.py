@@ -1060,16 +1060,28 @@ def test_adam8bit_trains_as_well_as_adamw_and_equals_it_for_small_tensors():
     assert abs(losses[0] - losses[1]) < 1e-6 and losses[2] < 1.2 * losses[3] + 1e-3, losses
 
 
-def test_schedule_and_adam8bit_mix_no_devices():
-    """A constant left on the CPU; meta stands for the device that is not there."""
-    z0 = torch.zeros(2, 4, 8, 8, device="meta")
-    assert Schedule().add_noise(z0, z0, torch.zeros(2, device="meta").long()).is_meta
-    parameters = [nn.Parameter(torch.zeros(n, device="meta")) for n in (10, 5000)]
-    optimizer = Adam8bit(parameters)
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
+def test_a_step_of_preset_paper_mixes_no_devices_and_reads_no_number_back(monkeypatch):
+    """A constant left on the CPU, or a number that the CPU waits for within a pass. The meta device
+    stands for the GPU that is not there: both are errors on it."""
+    monkeypatch.setattr(dinodiff, "autocast", lambda device, dtype: contextlib.nullcontext())
+    meta = torch.device("meta")
+    s = dinodiff.PAPER
+    with meta:
+        unet, vae, vit = UNet(s.unet_config), VAE(s.vae_config), ViT()
+    run = dinodiff.Run(Path(), dataclasses.asdict(s), s.size, 0, unet, vae, vit, Schedule(), meta)
+    pictures = torch.zeros(2, s.size, s.size, dtype=torch.uint8)
+    mean, logvar, c = dinodiff.encode_view(run, pictures, np.arange(2), 0)
+    z0 = mean + torch.exp(0.5 * logvar) * torch.zeros_like(mean)
+    t = torch.zeros(2, device=meta).long()
+    zt = run.schedule.add_noise(z0, torch.zeros_like(z0), t)
+    unet(zt, t, c).square().mean().backward()
+    norm = nn.utils.clip_grad_norm_(unet.parameters(), s.clip)
+    optimizer = dinodiff.make_optimizer(s, unet)
     optimizer.step()
-    assert optimizer.state[parameters[1]]["m_max"].is_meta
+    assert optimizer.state[unet.conv_in.weight]["m_max"].is_meta
+    dinodiff.update_average(copy.deepcopy(unet), unet, 0.9, 3)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        dinodiff.share_step(norm, norm, False)  # the one place where a step reads numbers
 
 
 # ---- Training: a folder with X-rays and a finished run ----
@@ -1874,7 +1886,7 @@ def test_data_a_killed_worker_is_one_message(monkeypatch):
 def data_within(seconds):
     """What waits for ever is an error."""
     def end(*_):
-        raise TimeoutError(f"still waiting after {seconds} s")
+        pytest.fail(f"still waiting after {seconds} s")
 
     before = signal.signal(signal.SIGALRM, end)
     signal.alarm(seconds)
@@ -2011,7 +2023,7 @@ def data_raw_png(colour, samples, width=8, height=8):
     (data_tiff(np.full((9, 9), 7, np.uint16), 1), "same value"),
     (data_tiff(np.full((9, 9), np.nan, np.float32), 3), "same value"),
     (data_tiff(np.ones((9, 9)), 3), "identify"), (data_raw_png(0, 1)[:60], "not a whole image"),
-    (b"P5 100000 100000 255\n", "pixels"), (b"hello", "identify"), (b"", "identify")])
+    (b"P5 9000 9000 255\n", "more than 67,"), (b"hello", "identify"), (b"", "identify")])
 def test_pictures_that_would_be_misread_are_unreadable(content, words):
     """Would catch the high byte of 16-bit colours, black for a constant image, a pixel bomb."""
     with pytest.raises(data.Unreadable, match=words):
