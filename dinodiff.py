@@ -1452,5 +1452,5 @@ def bench(settings: Bench) -> None:
 
 
 if __name__ == "__main__":
-    data.command_line(__doc__, {"train": (preset_defaults, train_command), "bench": (Bench(), bench),
-                                "sample": (SampleSettings(), sample)})
+    data.command_line(__doc__, {"train": (preset_defaults, train_command),
+                                "sample": (SampleSettings(), sample), "bench": (Bench(), bench)})

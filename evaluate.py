@@ -321,11 +321,16 @@ def open_labelled(s) -> Measurement:
     common = [name for name in data.label_names(m.ds.labels)
               if counts[name] >= least and name not in data.NO_DIAGNOSES]
     m.names = list(s.findings) or common
-    if not set(m.names) <= set(counts):
-        raise UserError(f"{m.ds.name}: found the findings {sorted(counts)}, expected {m.names}")
+    missing = sorted(set(m.names) - set(counts))
+    if missing:
+        raise UserError(f"{m.ds.name}: no image has {', '.join(missing)}; expected --findings "
+                        f"among {', '.join(sorted(counts)) or 'none: there are no labels'}")
     m.targets = np.zeros((len(m.ds), len(m.names)), np.float32)
     for k, name in enumerate(m.names):
         m.targets[:, k] = [name in row for row in m.ds.labels]
+    rare = [name for name, y in zip(m.names, m.targets[m.test].T) if len(np.unique(y)) < 2]
+    m.notes += [f"All or none of the test images have {', '.join(rare)}: the macro AUC leaves "
+                "this out."] * bool(rare)
     for what, shared in shared_with(m).items():
         check_leak(s, m, f"{what} of the test part are among those that the generator was trained "
                    "on", shared)
@@ -1487,14 +1492,23 @@ def models_of(m, s) -> list[Model]:
 
     def public(step):
         place = (dinodiff.SD15, "unet") if s.init == "sd15" else (s.init,)
-        return replaced(UNet.from_pretrained(*place))
+        unet = UNet.from_pretrained(*place)
+        width = unet.config.cross_attention_dim
+        if s.context and c.shape[1] != width:
+            raise UserError(f"{s.context}: found tokens of {c.shape[1]} numbers, expected {width}, "
+                            f"those of {s.init}")
+        return replaced(unet)
 
     own = functools.partial(dinodiff.load_run, m.run.folder, device=s.device)
     steps = m.run.checkpoints if s.checkpoints == "all" else [m.run.step]
     found = [Model("this run", own, steps, s.grids), Model("untrained", untrained, [0], s.grids)]
     if s.init:
         # CHOICE: without --context one zero token: cross-attention adds its bias, and no text.
-        c = data.load_tensors(s.context)[0]["context"] if s.context else torch.zeros(1, 1)
+        tensors = data.load_tensors(s.context)[0] if s.context else {"context": torch.zeros(1, 1)}
+        c = tensors.get("context", torch.empty(0))
+        if c.ndim != 2:
+            raise UserError(f"{s.context}: found the tensors {', '.join(tensors)}, expected "
+                            "`context` of shape (S, N)")
         found.append(Model(s.init, public, [0], s.init_grids, c))
     return found
 
@@ -1934,8 +1948,10 @@ def write_report(s: Report, notes=()) -> None:
     lines = [f"# Evaluation of {', '.join(names)}", "",
              "No medical device; nothing here is validated for clinical use.\n",
              *[f"> {note}\n" for note in notes]]
+    empty = [str(folder) for folder in folders if not is_one and not any(
+        (folder / "eval" / f"{name}.json").is_file() for name in COMMANDS)]
     rows = {}
-    for name, (_, _, section) in COMMANDS.items():
+    for name, (_, _, section) in COMMANDS.items() if not empty else ():
         places = [out if is_one else folder / "eval" for folder in folders]
         found = [data.read_json(place / f"{name}.json", list) for place in places
                  if (place / f"{name}.json").is_file()]
@@ -1948,9 +1964,9 @@ def write_report(s: Report, notes=()) -> None:
         elif found:
             out.mkdir(parents=True, exist_ok=True)
             lines += joined(section(rows[name], out), name, places, out)
-    if not any(rows.values()):
-        raise UserError(f"{', '.join(map(str, folders))}: no results in eval/, expected those of "
-                        f"python evaluate.py {' | '.join(COMMANDS)}")
+    if empty or not any(rows.values()):
+        raise UserError(f"{', '.join(empty)}: no results in eval/, expected those of python "
+                        f"evaluate.py {' | '.join(COMMANDS)}")
     lines += fid_against_dice(rows, out)
     paper = Path(__file__).parent / "docs" / "paper_table1.md"
     lines += [read_text(paper)] if paper.is_file() else []

@@ -34,6 +34,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import warnings
 import zipfile
@@ -62,8 +63,8 @@ import evaluate
 import unet as unet_file
 import vae as vae_file
 import vit
-from data import (FINDINGS, Sample, UserError, index_folder, open_data, read_weights, render_phantom,
-    to_model, write_shard, write_weights)
+from data import (FINDINGS, Sample, UserError, index_folder, open_data, read_weights,
+                  render_phantom, to_model, write_shard, write_weights)
 from dinodiff import Adam8bit, SampleSettings, Schedule, ddim_sample, ddpm_sample
 from unet import CROSS, PLAIN, UNet, UNetConfig
 from vae import VAE, VAEConfig, VAESettings, train_vae
@@ -1343,9 +1344,7 @@ def test_core_ranks_end_together(workshop):
     for rank, code in ((1, 1), (0, -9)):
         printed = workshop.finish("cores", typed=True, at=2, rank=rank, number=9, code=code)
         assert "Traceback" not in printed and ("another rank has ended" in printed) == (rank == 1)
-    assert dinodiff.checkpoint_steps("cores") == []
-    workshop.finish("cores", "--steps", "3", typed=True)
-    assert np.allclose(losses_of("cores"), losses_of("whole")[:3], rtol=1e-2)
+    assert np.allclose(losses_of("cores"), losses_of("whole")[:1], rtol=1e-2)
 
 
 @pytest.mark.parametrize("flags, options, left", [
@@ -1883,24 +1882,36 @@ def test_data_a_killed_worker_is_one_message(monkeypatch):
 
 
 @contextlib.contextmanager
-def data_within(seconds):
-    """What waits for ever is an error."""
-    def end(*_):
-        pytest.fail(f"still waiting after {seconds} s")
+def data_pipes(folder, *names):
+    """Named pipes; whoever waits for one is set free, and named in the end."""
+    paths = [folder / name for name in names]
+    opened = []
+    is_over = threading.Event()
 
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(seconds)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    def watch():
+        while not is_over.wait(0.02):
+            for path in paths:
+                with contextlib.suppress(OSError):  # nobody waits at its other end
+                    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+                    opened.append(path.name)
+
+    for path in paths:
+        os.mkfifo(path)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+    assert not opened
 
 
 def test_only_regular_files_are_opened(tmp_path):
     """Would catch a wait for ever: a stranger's folder may hold pipes under any name."""
     data_tar(tmp_path / "a.tar", {"k.png": data.encode(data_xray())})
-    for name in ("x.png", "x.csv", "b.tar", data.INDEX, "model.safetensors", "config.json"):
-        os.mkfifo(tmp_path / name)
-    with data_within(9):
+    with data_pipes(tmp_path, "x.png", "x.csv", "b.tar", data.INDEX, "model.safetensors",
+                    "config.json"):
         assert list(data.open_data(str(tmp_path), 16).keys) == ["k"]
         assert list(data.open_data(str(tmp_path / "*.tar"), 16).keys) == ["k"]
         for read, name in ((data.load_image, "x.png"), (data.read_labels, "x.csv"),
@@ -2147,7 +2158,8 @@ def test_padded_borders_go_and_nothing_else_does():
 
 
 @pytest.mark.parametrize("written", ["x/0.png", "./x/0.png", "X/0.PNG", "x\\0.png", "0.jpg", "0",
-                                     "/elsewhere/x/0.png", "/far/../x//0.dcm", "Ä/0.png", "A\u0308/0.png"])
+                                     "/elsewhere/x/0.png", "/far/../x//0.dcm", "Ä/0.png",
+                                     "A\u0308/0.png"])
 def test_labels_match_after_normalising(tmp_path, written):
     """Would catch labels lost for another case, suffix, separator or folder before the name, and
     for an accent that is a letter of its own on a Mac."""
@@ -2495,7 +2507,8 @@ def test_foreign_keys_end_at_the_last_dot_and_the_plain_picture_wins(tmp_path, c
     png = [data.encode(data_xray(i)) for i in range(4)]
     eye = data.encode(np.eye(8, dtype=np.uint8))
     data_tar(tmp_path / "a.tar", {"1.2.276.0.png": png[0], "1.2.276.1.png": png[1], "k.png": png[2],
-                                  "k.jpg": b"", "k.Mask.PNG": png[3], "d.e/n": b"x"})
+                                  "k.jpg": b"", "k.mask.png": png[3], "d.e/n": b"x",
+                                  "u.Mask.PNG": b"x"})
     data_tar(tmp_path / "b.tar", {"k.png": png[3], "m.json": json.dumps(OURS).encode(),
                                   "m.png": eye, "m.mask.png": eye})
     ds = data.open_data(str(tmp_path), 32)
@@ -3588,6 +3601,7 @@ def test_report_of_several_runs_keeps_notes_and_pictures_and_goes_by_name(tmp_pa
         assert f"(../{run}/eval/audit.png)" in text
     shown = re.findall(r"!\[.*\]\((.*)\)", text)
     assert len(shown) == 2 and all((tmp_path / "a/report" / name).is_file() for name in shown)
+    assert "nowhere: no results" in fails("report", "--run-dir", tmp_path / "a/v1", "nowhere")
     assert "a name for each" in fails("report", "--run-dir", tmp_path / "a/v1", tmp_path / "b/v1")
     evaluate.main(["report", "--run-dir", str(tmp_path / "a/v1"), "--out", str(tmp_path / "one")])
     assert "(../a/v1/eval/audit.png)" in (tmp_path / "one/report.md").read_text()
@@ -3603,15 +3617,19 @@ def test_report_of_several_runs_keeps_notes_and_pictures_and_goes_by_name(tmp_pa
     (["classify", "--run-dir", "RUN", "--data", "TEST", "--sizes", "5000"], "no balanced subset"),
     (["classify", "--run-dir", "RUN", "--data", "TEST", "--strategies", "mix"], "reconstruct"),
     (["segment", "--run-dir", "RUN", "--data", "TEST"], "no lung masks"),
+    (["segment", "--run-dir", "RUN", "--data", "LUNGS", "--init", "sd15", "--context", "VAE"],
+     "expected `context`"),
     (["report", "--run-dir", "RUN", "--out", "EMPTY"], "no results")])
 def test_evaluate_answers_bad_input_with_a_sentence(random_run, tmp_path, arguments, words):
     """A traceback, or a silent fallback to something else."""
-    names = {"RUN": random_run / "run", "TEST": random_run / "test", "EMPTY": tmp_path / "x"}
+    names = {"RUN": random_run / "run", "TEST": random_run / "test", "EMPTY": tmp_path / "x",
+             "LUNGS": random_run / "lungs",
+             "VAE": random_run / "run/vae/diffusion_pytorch_model.safetensors"}
     assert words in fails(*[names.get(word, word) for word in arguments])
 
 
 def test_features_of_the_papers_protocol_see_pixels_within_1024(tmp_path):
-    """Pixels in [-1, 1] give another, incomparable FID: the public DenseNet was trained on ±1024."""
+    """Pixels in [-1, 1] give an incomparable FID: the public DenseNet was trained on ±1024."""
     torch.manual_seed(0)
     net = evaluate.DenseNet(18).eval()
     net.save_pretrained(tmp_path)
