@@ -169,7 +169,8 @@ def progress(iterable=None, desc="", total=None, unit="it", initial=0) -> tqdm:
     options = {"dynamic_ncols": True}
     if not sys.stderr.isatty():
         line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        options = {"file": _Lines(), "mininterval": 20, "miniters": 1, "bar_format": line}
+        options = {"file": _Lines(), "mininterval": 20, "miniters": 1, "bar_format": line,
+                   "position": 0}  # bars within bars move no cursor
     return tqdm(iterable, desc=desc, total=total, unit=unit, initial=initial,
                 disable=os.environ.get("RANK", "0") != "0", **options)
 
@@ -1792,17 +1793,19 @@ def plan(s: Prepare, out: Path) -> tuple[list[tuple], dict[str, str]]:
             if s.labels:
                 raise
             note(f"skipped: {error}")
+    is_mimic = bool(s.labels) and os.path.isdir(s.labels)  # its tables name frontal views alone
     found = match_labels(table, names, os.path.abspath(s.source))
     matched = len(found) - found.count(None)
     if table:
-        note(f"labels of {s.source}: matched {matched:,} of {len(names):,} images")
+        note(f"labels of {s.source}: matched {matched:,} of {len(names):,} images"
+             f"{'; the others are left out' * is_mimic}")
     if table and not matched:
         raise UserError(f"none of the {len(table):,} files that the labels name, such as "
                         f"{next(iter(table))}, is among the images, such as {names[0]}")
     rows = {}
     for name, row in zip(names, found):
-        if row is None and s.labels and os.path.isdir(s.labels):
-            continue  # MIMIC's tables name the frontal views alone
+        if row is None and is_mimic:
+            continue
         patient, labels = row or ("", ())
         if name in masks:  # such sets have an image a patient
             patient = patient or _stem(name)

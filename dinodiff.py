@@ -35,6 +35,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -452,8 +453,17 @@ def start_core_ranks(batch: int) -> None:
     for rank in range(count - 1, -1, -1):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         if rank:
-            subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.DEVNULL)
+            process = subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.DEVNULL)
+            threading.Thread(target=end_with_rank, args=(process,), daemon=True).start()
     torch.set_num_threads(1)
+
+
+def end_with_rank(process: subprocess.Popen) -> None:
+    """End this process soon after a rank of its own has failed, which might be waited for a day."""
+    if process.wait():
+        time.sleep(5)  # mostly that is noticed, and said, where the rank is waited for
+        data.note("another rank has ended; its own message says why")
+        os._exit(1)
 
 
 def train_command(settings: Train) -> None:

@@ -34,7 +34,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import warnings
 import zipfile
@@ -1117,10 +1116,10 @@ def preceded(function, action):
 
 def small_command(at=0, rank=0, number=0, targets=("self",), spy="", delay=0, limit=-1,
                   elsewhere=".", typed=False) -> None:
-    """`small.py`. In its step `at`, `rank` sends the signal `number` to itself, its group, its
-    parent. spy: a file for where each pass leaves its gradients, a line a step. Rank 1 starts
-    `delay` seconds late, in the folder `elsewhere`. limit: bytes of a file. typed: as `python
-    dinodiff.py train` on two cores, which starts rank 1 by itself."""
+    """`small.py`. In its step `at` (-1: at once), `rank` sends the signal `number` to itself, its
+    group, its parent. spy: a file for where each pass leaves its gradients, a line a step. Rank 1
+    starts `delay` seconds late, in the folder `elsewhere`. limit: bytes of a file. typed: as
+    `python dinodiff.py train` on two cores, which starts rank 1 by itself."""
     own_rank = int(os.environ.get("RANK", 0))
     places = []
 
@@ -1142,6 +1141,8 @@ def small_command(at=0, rank=0, number=0, targets=("self",), spy="", delay=0, li
     if own_rank == 1:
         os.chdir(elsewhere)
         time.sleep(delay)
+    if at < 0 and own_rank == rank:
+        os.kill(os.getpid(), number)
     if typed:
         data.cores = lambda: 2
         COMMANDS["train"] = (dinodiff.preset_defaults, dinodiff.train_command)
@@ -1341,8 +1342,8 @@ def test_torchrun_saves_when_it_is_stopped_and_ends_when_a_rank_dies(
 def test_core_ranks_end_together(workshop):
     """On a CPU `train` starts a rank a core by itself, without torchrun, which would end the others
     when one dies: rank 1 would live on without its parent, or rank 0 wait for it for a day."""
-    for rank, code in ((1, 1), (0, -9)):
-        printed = workshop.finish("cores", typed=True, at=2, rank=rank, number=9, code=code)
+    for rank, at, code in ((1, -1, 1), (0, 2, -9)):  # before the ranks have met, and after
+        printed = workshop.finish("cores", typed=True, at=at, rank=rank, number=9, code=code)
         assert "Traceback" not in printed and ("another rank has ended" in printed) == (rank == 1)
     assert np.allclose(losses_of("cores"), losses_of("whole")[:1], rtol=1e-2)
 
@@ -1593,6 +1594,13 @@ def test_train_refuses_what_cannot_work_without_a_traceback(workshop, capsys, ar
         data.command_line("", COMMANDS, ["train", "--preset", "small", *arguments])
     is_shown = "--micro-batch INT" in (told := capsys.readouterr().out) and "over all ranks" in told
     assert is_shown == (arguments == ["--help"])
+
+
+def test_sd15_alone_stands_for_the_public_unet(tmp_path):
+    """`sd15` within a path was replaced as well, so a local copy of that name was not found."""
+    path = str(tmp_path / "sd15" / "unet")
+    with pytest.raises(UserError, match=re.escape(repr(path))):
+        dinodiff.make_net("init", dataclasses.replace(SMALL, init=path), None, "cpu")
 
 
 @pytest.mark.parametrize("module", ["dinodiff", "evaluate", "diffseg"])
@@ -1883,28 +1891,28 @@ def test_data_a_killed_worker_is_one_message(monkeypatch):
 
 @contextlib.contextmanager
 def data_pipes(folder, *names):
-    """Named pipes; whoever waits for one is set free, and named in the end."""
+    """Named pipes. A process, as libraries may wait with all threads stopped, sets free whoever
+    opens one, and tells."""
     paths = [folder / name for name in names]
-    opened = []
-    is_over = threading.Event()
-
-    def watch():
-        while not is_over.wait(0.02):
-            for path in paths:
-                with contextlib.suppress(OSError):  # nobody waits at its other end
-                    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-                    opened.append(path.name)
-
     for path in paths:
         os.mkfifo(path)
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    told = Path(f"{folder}.told")
+    parent = os.getpid()
+    watcher = os.fork()
+    while watcher == 0:
+        if os.getppid() != parent:
+            os._exit(0)
+        for path in paths:
+            with contextlib.suppress(OSError):  # nobody waits at its other end
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+                told.write_text(path.name)
+        time.sleep(0.02)
     try:
         yield
     finally:
-        is_over.set()
-        watcher.join()
-    assert not opened
+        os.kill(watcher, signal.SIGKILL)
+        os.waitpid(watcher, 0)
+    assert not told.exists(), told.read_text()
 
 
 def test_only_regular_files_are_opened(tmp_path):
