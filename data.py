@@ -1665,10 +1665,12 @@ def unpack(path: str, name: str, prefix: str, folder: Path, problems: dict) -> d
                         raise ValueError("a link, a device or a sparse file")
                     if size > min(left, MAX_BYTES):
                         raise ValueError(f"{size:,} bytes are too many")
+                    if ARCHIVES.search(inside):
+                        raise ValueError("an archive within an archive: unpack it first")
                     with archive.open(member) if is_zip else archive.extractfile(member) as file:
                         content = file.read(size + 1)
                 except Exception as error:  # zipfile alone raises five kinds
-                    if SUFFIX.search(inside):
+                    if SUFFIX.search(inside) or ARCHIVES.search(inside):
                         problems[prefix + inside] = first_line(error)
                     continue
                 left -= len(content)

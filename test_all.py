@@ -2331,7 +2331,7 @@ def test_archives_give_what_is_whole_and_report_the_rest(tmp_path, monkeypatch, 
     pictures = {f"a/{i}.png": data.encode(data_xray(i)) for i in range(6)}
     bad = {"link.png": (tarfile.SYMTYPE, "/etc/passwd"), "hard.png": (tarfile.LNKTYPE, "a/0.png"),
            "/abs.png": pictures["a/0.png"], "a/../../up.png": pictures["a/0.png"],
-           "bomb.png": bytes(3_000_000)}
+           "bomb.png": bytes(3_000_000), "inner.zip": data_odd_zip()}
     data_tar(tmp_path / "t.tar.gz", pictures | bad | {"notes.txt": b"text"})
     plain = data_tar(tmp_path / "plain.tar", pictures).read_bytes()
     (tmp_path / "x.tar.xz").write_bytes(lzma.compress(plain))
