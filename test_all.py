@@ -3559,7 +3559,7 @@ def test_a_strangers_config_runs_nothing_and_damage_is_one_message(random_run, f
     assert not (run / "PWNED").exists()
     assert "out of reach" in (run / "eval/fid.md").read_text()
     (run / "best.json").write_text('{"step": ')
-    assert "best.json" in fails(*command)
+    assert "best.json" in fails(*command, "--checkpoints", "one")
 
 
 def test_paper_presets_take_the_papers_features_or_stop(random_run, foreign_run, monkeypatch):
