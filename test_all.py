@@ -1144,7 +1144,7 @@ def small_command(at=0, rank=0, number=0, targets=("self",), spy="", delay=0, li
     if at < 0 and own_rank == rank:
         os.kill(os.getpid(), number)
     if typed:
-        data.cores = lambda: 2
+        data.cores = functools.partial(int, 2)
         COMMANDS["train"] = (dinodiff.preset_defaults, dinodiff.train_command)
     data.command_line("", COMMANDS)
 
