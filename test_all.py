@@ -1144,7 +1144,10 @@ def small_command(at=0, rank=0, number=0, targets=("self",), spy="", delay=0, li
     if at < 0 and own_rank == rank:
         os.kill(os.getpid(), number)
     if typed:
-        data.cores = functools.partial(int, 2)
+        def two_cores():
+            return 2
+
+        data.cores = two_cores
         COMMANDS["train"] = (dinodiff.preset_defaults, dinodiff.train_command)
     data.command_line("", COMMANDS)
 
