@@ -37,7 +37,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 import time
 import typing
@@ -90,16 +89,15 @@ def command_line(doc: str, commands: dict, argv: list[str] | None = None) -> Non
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv.pop(0) if argv and argv[0] in commands else ""
     program = f"{Path(sys.argv[0]).name} {name}".strip()
-    with contextlib.suppress(AttributeError):
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all letters
+    if name not in commands:
+        is_help = argv[:1] in (["-h"], ["--help"])
+        found = doc.strip() if is_help else f"found {argv[:1]}"
+        note(f"{found}\nexpected one of {' | '.join(commands)}; each has its own --help")
+        sys.exit(0 if is_help else 1)
+    defaults, function = commands[name]
     try:
-        if name not in commands:
-            usage = f"one of {' | '.join(commands)}; each has its own --help"
-            if argv[:1] in (["-h"], ["--help"]):
-                print(f"{doc.strip()}\n\ncommands: {usage}")
-                return
-            raise UserError(f"found {argv[0] if argv else 'no command'!r}, expected {usage}")
-        defaults, function = commands[name]
         if not dataclasses.is_dataclass(defaults):
             defaults = defaults(argv)
         settings = parse(defaults, argv, doc, program)
@@ -118,8 +116,7 @@ def command_line(doc: str, commands: dict, argv: list[str] | None = None) -> Non
             sys.exit(f"{program}: {error}")
         if rank != "0":  # rank 0 has mostly met the same error; its message comes first, and alone
             time.sleep(2)
-            program += f", rank {rank}"
-        note(f"{program}: {error}")
+        note(f"{program}, rank {rank}: {error}")
         os._exit(1)  # at once, whatever threads and collectives wait for: torchrun ends the others
 
 
@@ -207,9 +204,10 @@ def sync(path) -> None:
 
 def write_file(path, content: bytes | str) -> None:
     """A file, whole or absent."""
+    if isinstance(content, str):
+        content = content.encode(errors="surrogateescape")  # perhaps a name that is no UTF-8
     with whole(path) as partial:
-        is_text = isinstance(content, str)  # perhaps with a file's name that is no UTF-8
-        partial.write_bytes(content.encode(errors="surrogateescape") if is_text else content)
+        partial.write_bytes(content)
 
 
 def write_json(path, value) -> None:
@@ -263,20 +261,17 @@ def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def cache_folder() -> Path:
-    """For phantoms, prepared folders, remote shards, indices: $DINODIFF_CACHE, ~/.cache/dinodiff,
-    or, where neither can be written, a private folder of this user in the temporary folder."""
-    for place in (os.environ.get("DINODIFF_CACHE"), "~/.cache/dinodiff"):
-        with contextlib.suppress(OSError, RuntimeError, TypeError):  # there may be no home
-            folder = Path(place).expanduser()
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
-    folder = Path(tempfile.gettempdir(), f"dinodiff-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise UserError(f"{folder} is not a private folder of this user; set DINODIFF_CACHE to one")
-    return folder
+    """For phantoms, prepared folders, remote shards, indices: $DINODIFF_CACHE, or
+    ~/.cache/dinodiff."""
+    place = os.environ.get("DINODIFF_CACHE", "~/.cache/dinodiff")
+    try:
+        folder = Path(place).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # there may be no home
+        pass
+    raise UserError(f"cannot write to {place}; set DINODIFF_CACHE to a folder for caches")
 
 
 @contextlib.contextmanager
@@ -284,27 +279,17 @@ def locked(path):
     """One process at a time for what leads to `path`; the lock dies with its process."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # never through a link that somebody left there
-    descriptor = os.open(path.with_name(f".{path.name}.lock"), flags, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # TRAP: forked processes hold an open file too
-        os.close(descriptor)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # TRAP: forked processes hold an open file too
 
 
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def process_pool(workers: int | None = None, start: str | None = None) -> ProcessPoolExecutor:
-    """Processes of one torch thread each, one a core, that end with their parent, even if killed.
-
-    start: multiprocessing's start method; "spawn" where the parent computed with several threads.
-    """
-    return ProcessPoolExecutor(workers or cores(), get_context(start), end_with, (os.getpid(),))
 
 
 def end_with(parent: int) -> None:
@@ -321,11 +306,16 @@ def end_with(parent: int) -> None:
 
 def run_jobs(function, jobs: list[tuple], desc: str, workers: int | None = None,
              unit: str = " shards", start: str | None = None) -> list:
-    """[function(*job) for job in jobs], in parallel. UserError where a process dies."""
+    """[function(*job) for job in jobs], in processes of one thread each, one a core. UserError
+    where one is killed.
+
+    start: multiprocessing's start method; "spawn" where the parent computed with several threads.
+    """
     if len(jobs) < 2 or workers == 1:
-        return [function(*job) for job in (progress(jobs, desc, unit=unit) if jobs[1:] else jobs)]
+        return [function(*job) for job in jobs]
+    workers = workers or cores()
     try:
-        with process_pool(workers, start) as pool:
+        with ProcessPoolExecutor(workers, get_context(start), end_with, (os.getpid(),)) as pool:
             return list(progress(pool.map(function, *zip(*jobs)), desc, len(jobs), unit))
     except BrokenProcessPool:
         raise UserError(f"{desc}: a worker process was killed, perhaps for lack of memory; the "
@@ -385,34 +375,26 @@ def read_weights(source, subfolder: str | None = None, revision: str | None = No
         source, subfolder = str(source).split(":", 1)
         path = Path(source).expanduser()
     inside = f"{subfolder}/" if subfolder else ""
-    if path.exists():
-        folder = path.parent if path.is_file() else path / inside
-        files = {file.name: file for file in folder.glob("*") if file.is_file()}
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        listed = hub_files(str(source), revision)
-        files = {name.removeprefix(inside): listed[name] for name in listed
-                 if name.startswith(inside)}
+    if path.is_file():
+        folder = path.parent
+        names = [path.name]
     else:
-        raise UserError(f"weights {source!r}: no such file or folder, and no hub id OWNER/NAME")
-
-    def local(name: str) -> Path:
-        return files[name] or hub_file(str(source), inside + name, revision)
-
-    names = [path.name] if path.is_file() else [name for name in WEIGHT_NAMES if name in files][:1]
+        folder = path / inside if path.exists() else hub_weights(str(source), inside, revision)
+        names = [name for name in WEIGHT_NAMES if (folder / name).is_file()][:1]
     if not names:
-        raise UserError(f"no weights in {source} {inside}: found {sorted(files)[:8]}, expected one "
-                        f"of {', '.join(WEIGHT_NAMES)}")
+        raise UserError(f"no weights in {source} {inside}: expected one of "
+                        f"{', '.join(WEIGHT_NAMES)}")
     if names[0].endswith(".index.json"):
         index = names[0]
-        parts = read_json(local(index)).get("weight_map")
-        parts = parts.values() if isinstance(parts, dict) else ["no weight_map"]
-        names = sorted(set(map(str, parts)))
-        if not files.keys() >= set(names):  # among them may be paths, which lead elsewhere
+        parts = read_json(folder / index).get("weight_map")
+        names = sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else []
+        beside = {file.name for file in folder.iterdir() if file.is_file()}
+        if not names or not beside.issuperset(names):  # among them may be paths that lead elsewhere
             raise UserError(f"{source}: {index} names {names[:9]}, and not all of them lie beside "
                             "it; download the checkpoint again")
     state = {}
     for name in names:
-        file = local(name)
+        file = folder / name
         try:
             if file.suffix == ".safetensors":
                 state |= load_file(file)
@@ -420,8 +402,8 @@ def read_weights(source, subfolder: str | None = None, revision: str | None = No
                 state |= torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # safetensors, zipfile and pickle have classes of their own
             raise UserError(f"{file} is damaged or holds more than tensors: {error}") from None
-    asides = ("config.json", "preprocessor_config.json")
-    config, preprocessor = [read_json(local(name)) if name in files else {} for name in asides]
+    asides = [folder / name for name in ("config.json", "preprocessor_config.json")]
+    config, preprocessor = [read_json(file) if file.is_file() else {} for file in asides]
     return config, state, preprocessor
 
 
@@ -452,39 +434,49 @@ def write_weights(folder, config: dict, state: dict[str, torch.Tensor],
         write_json(place / "config.json", config)
 
 
-def hub_files(repository: str, revision: str | None = None, kind: str = "model") -> dict:
-    """{name: path in the hub's cache, or None: to be fetched} of a repository, listed online or,
-    where that fails, as the cached snapshot has it. kind: "model" or "dataset"."""
-    from huggingface_hub import HfApi, snapshot_download
-    place = {"revision": revision, "repo_type": kind}
-    try:
-        # TRAP: without a network list_repo_files tries for 23 s; this call does not.
-        siblings = HfApi().repo_info(repository, timeout=10, **place).siblings
-        return {file.rfilename: None for file in siblings}
-    except Exception as error:  # no network arrives as one of many classes
-        reason = first_line(error)
-    try:
-        folder = Path(snapshot_download(repository, local_files_only=True, **place))
-        return {file.relative_to(folder).as_posix(): file for file in folder.rglob("*")}
-    except (OSError, ValueError):
-        options = f"--repo-type {kind}" + (f" --revision {revision}" if revision else "")
-        name = repository.split("/")[1]
-        raise UserError(
-            f"{repository} is neither in the hub's cache nor within reach ({reason}).\n"
-            f"On a machine with network:  hf download {repository} {options} --local-dir {name}\n"
-            f"then give that folder's path instead of {repository!r}.") from None
+def hub_weights(repository: str, inside: str, revision: str | None) -> Path:
+    """The folder with the weights of a hub repository: safetensors, or else pickled files."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"weights {repository!r}: no such file or folder, and no hub id OWNER/NAME")
+    for suffix in ("safetensors", "bin"):
+        patterns = [inside + "*.json", f"{inside}*model.{suffix}", f"{inside}*model-*.{suffix}"]
+        root, names = hub_files(repository, patterns, revision)
+        if any(name.endswith(suffix) for name in names):
+            break
+    return root / inside
 
 
-def hub_file(repository: str, name: str, revision: str | None = None, kind: str = "model",
-             folder=None) -> Path:
-    """One file of a hub repository, fetched where the hub's cache has it not (or into `folder`)."""
-    from huggingface_hub import hf_hub_download
+def hub_files(repository: str, patterns: list[str], revision: str | None = None,
+              kind: str = "model", folder=None, is_cached: bool = False) -> tuple[Path, list[str]]:
+    """A folder and the names in it of the files of a hub repository that match `patterns`, fetched
+    where the hub's cache has them not (or into `folder`). kind: "model" or "dataset".
+
+    Without a network, or with `is_cached`, what the cache has. UserError where that is nothing.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import filter_repo_objects
+    reason = "no file of it matches"
     try:
-        return Path(hf_hub_download(repository, name, revision=revision, repo_type=kind,
-                                    local_dir=folder))
+        # TRAP: without a network hf_hub_download tries for 23 s; this call does not.
+        root = Path(snapshot_download(repository, repo_type=kind, revision=revision,
+                                      allow_patterns=patterns, local_dir=folder,
+                                      local_files_only=is_cached))
+        names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+        names = sorted(filter_repo_objects(names, allow_patterns=patterns))
+        if names:
+            return root, names
     except Exception as error:  # network, disk, and the hub's own classes
         reason = first_line(error)
-        raise UserError(f"{name} of {repository} could not be fetched: {reason}") from None
+    raise UserError(
+        f"{', '.join(patterns)} of {repository}: neither in the hub's cache nor within reach "
+        f"({reason}).\nOn a machine with network:  hf download {repository} --repo-type {kind} "
+        f"--revision {revision or 'main'} --local-dir {repository.split('/')[1]}\n"
+        f"then give that folder's path instead of {repository!r}.")
+
+
+def hub_file(repository: str, name: str) -> Path:
+    """One file of a hub model, fetched where the hub's cache has it not."""
+    return hub_files(repository, [name])[0] / name
 
 
 def first_line(error: Exception) -> str:
@@ -514,10 +506,12 @@ def module_table(title: str, model: torch.nn.Module, *inputs) -> None:
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".gif", ".bmp", ".pgm", ".jp2",
             ".dcm", ".dicom", ".img")
 SUFFIX = re.compile(rf"({'|'.join(PICTURES)})$".replace(".", r"\."), re.I)
+WORLD = re.compile(rf"{SUFFIX.pattern}|\.csv$", re.I)  # what makes a folder more than shards
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000")
 MAX_BYTES = 2**28        # of one picture's file
 MAX_PIXELS = 2**26       # of one picture: 8192 x 8192
 JSRT_SIDE = 2048         # raw .IMG: a side in pixels, 12 bit in big-endian uint16 (Shiraishi 2000)
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # DICOM's transfer syntax that is deflated as a whole
 BORDER_TOLERANCE = 10    # grey levels by which JPEG noise moves a constant border
 
 
@@ -527,22 +521,14 @@ def load_image(source, name: str | None = None) -> np.ndarray:
     source: a path, or the file's bytes. PNG, JPEG, TIFF, WebP, GIF, BMP, PGM, JPEG 2000, DICOM
     (with pydicom), JSRT's raw .IMG; grey, palette or colour (to luma); the first frame, upright.
     More than 8 bits are rescaled from the file's own finite range [DiNO-Diffusion 2.5].
-    Raises Unreadable, which says what was found.
+    name: what messages call it. Raises Unreadable, which says what was found.
     CHOICE: an alpha channel is ignored: pixels that an export made transparent are seen.
     """
-    if isinstance(source, bytes):
-        return decode(source, name or f"{len(source):,} bytes")
-    try:
-        content = read_bytes(source, MAX_BYTES)
-    except OSError as error:
-        raise Unreadable(f"{name or source}: {error.strerror or error}") from None
-    return decode(content, name or str(source))
-
-
-def decode(content: bytes, name: str) -> np.ndarray:
-    """The bytes of a picture file called `name` -> uint8 (H, W); see `load_image`."""
+    is_content = isinstance(source, bytes)
+    name = name or (f"{len(source):,} bytes" if is_content else str(source))
     suffix = os.path.splitext(name)[1].lower()
     try:
+        content = source if is_content else read_bytes(source, MAX_BYTES)
         if content[128:132] == b"DICM" or suffix in (".dcm", ".dicom"):
             return _read_dicom(content)
         if suffix == ".img" or len(content) == 2 * JSRT_SIDE**2:
@@ -604,7 +590,8 @@ def _read_dicom(content: bytes) -> np.ndarray:
     except ImportError:
         raise UserError("this is a DICOM file, which needs a reader: "
                         "pip install 'pydicom>=3' pylibjpeg pylibjpeg-libjpeg") from None
-    pydicom.filereader.zlib = SimpleNamespace(decompress=_inflate, MAX_WBITS=zlib.MAX_WBITS)
+    if DEFLATED in content:  # pydicom would inflate it to any size
+        raise ValueError("a deflated DICOM file; write it in another transfer syntax")
     file = pydicom.dcmread(io.BytesIO(content), force=True)
     _check_pixels(file.Rows, file.Columns)
     if not file.file_meta.get("TransferSyntaxUID"):  # written without file meta: DICOM's default
@@ -628,14 +615,6 @@ def _read_dicom(content: bytes) -> np.ndarray:
         pixels = pixels.astype(np.uint8)
     pixels = _to_8_bit(pixels)
     return 255 - pixels if file.PhotometricInterpretation == "MONOCHROME1" else pixels
-
-
-def _inflate(content: bytes, bits: int) -> bytes:
-    """zlib.decompress for pydicom, which bounds no size."""
-    inflated = zlib.decompressobj(bits).decompress(content, MAX_BYTES)
-    if len(inflated) == MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES:,} bytes when inflated")
-    return inflated
 
 
 def square(image: np.ndarray) -> tuple[slice, slice]:
@@ -674,6 +653,7 @@ def resize(image: np.ndarray, size: int, method=Image.BICUBIC) -> np.ndarray:
 
 # ---- Labels (paper 2.1): file -> (patient, findings) ----
 
+NIH_COLUMNS = {"image index": "file", "patient id": "patient", "finding labels": "labels"}
 NO_FINDING = "No Finding"  # a statement about all labels, not a label of its own
 NO_DIAGNOSES = {NO_FINDING, "Lung Opacity", "Support Devices"}  # MIMIC's; not among the seven
 
@@ -685,16 +665,16 @@ def read_labels(path) -> dict[str, tuple[str, tuple[str, ...]]]:
     if Path(path).is_dir():
         return mimic_labels(path)
     table = {}
-    for row in _csv_rows(path):
-        row = {name.lower(): value.strip() for name, value in row.items()}
-        file = row.get("file") or row.get("image index")
+    for row in read_csv(path):
+        row = {NIH_COLUMNS.get(name.lower(), name.lower()): row[name] for name in row}
+        file = row.get("file")
         if not file:
             raise UserError(f"{path}: found the columns {', '.join(row)}, expected "
                             "file,patient,labels (or Image Index, …)")
-        found = (row.get("labels") or row.get("finding labels") or "").split("|")
+        found = row.get("labels", "").split("|")
         patient, labels = table.get(plain_name(file), ("", ()))  # there may be a row a label
         labels = dict.fromkeys([*labels, *filter(None, map(str.strip, found))])
-        patient = row.get("patient") or row.get("patient id") or patient
+        patient = row.get("patient") or patient
         table[plain_name(file)] = (patient, tuple(labels))
     if not table:
         raise UserError(f"{path} holds no rows; expected file,patient,labels and a line an image")
@@ -712,13 +692,13 @@ def mimic_labels(folder) -> dict[str, tuple[str, tuple[str, ...]]]:
         raise UserError(f"{folder}: found not both of mimic-cxr-2.0.0-metadata.csv.gz and "
                         "mimic-cxr-2.0.0-chexpert.csv.gz, which MIMIC-CXR needs")
     present = {}
-    for row in _csv_rows(tables[1][0]):
+    for row in read_csv(tables[1][0]):
         study = row.pop("study_id")
         row.pop("subject_id", None)
-        present[study] = sorted(name for name, value in row.items() if value in ("1", "1.0"))
-    frontal = [row for row in _csv_rows(tables[0][0]) if row["ViewPosition"] in ("AP", "PA")]
-    return {plain_name(row["dicom_id"]): (row["subject_id"], tuple(present[row["study_id"]]))
-            for row in frontal if row["study_id"] in present}
+        present[study] = tuple(sorted(name for name in row if row[name] in ("1", "1.0")))
+    return {plain_name(row["dicom_id"]): (row["subject_id"], present[row["study_id"]])
+            for row in read_csv(tables[0][0])
+            if row["ViewPosition"] in ("AP", "PA") and row["study_id"] in present}
 
 
 def is_mimic_test(key: str) -> bool:
@@ -726,16 +706,14 @@ def is_mimic_test(key: str) -> bool:
     return re.search(r"(^|/)p?19\d{6}(/|$)", key) is not None
 
 
-def _csv_rows(path):
-    """Rows of a CSV (also .gz) as dicts, blank ones left out; UTF-8 or UTF-16 with a byte order
-    mark, UTF-8 without, or Latin-1."""
+def read_csv(path):
+    """Rows of a CSV (also .gz, UTF-8 or Latin-1) as {column: value}, blank ones left out."""
     try:
         content = read_bytes(path, 2**30)
         if str(path).endswith(".gz"):
-            content = gzip.open(path).read(2**30)
+            content = gzip.decompress(content)
         try:
-            is_wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-            text = content.decode("utf-16" if is_wide else "utf-8-sig")
+            text = content.decode("utf-8-sig")
         except UnicodeDecodeError:
             text = content.decode("latin-1")
         rows = csv.reader(io.StringIO(text, newline=""))
@@ -744,7 +722,7 @@ def _csv_rows(path):
             raise csv.Error(f"two columns of one name among {', '.join(header)}")
         for row in rows:
             if any(map(str.strip, row)):
-                yield dict(zip(header, row))
+                yield dict(zip(header, map(str.strip, row)))
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path} is not a readable CSV: {error}") from None
 
@@ -833,13 +811,13 @@ def balanced_subsets(labels, sizes, seed: int = 0) -> dict[int, np.ndarray]:
         if len(more) < n:
             more = _draw_in_turns(labels, names, drawn, n, seed, is_sparing=True)
             note(f"balanced subset of {n}: images that hold a rarer label are drawn last")
-        if len(more) == n:
-            drawn = more
-            subsets[n] = np.array(drawn)
-        else:
+        if len(more) < n:
             name = names[len(more) % len(names)]
             problem = f"no balanced subset of {n}: {name!r} ran out after {len(more)} draws"
             note(problem)
+            continue
+        drawn = more
+        subsets[n] = np.array(drawn)
     if not subsets:
         raise UserError(f"{len(labels)} images: {problem}")
     return subsets
@@ -1025,12 +1003,14 @@ def render_phantom(seed: int, patient: int, visit: int, size: int, findings=None
 # A shard is a plain tar of key.json + key.png (+ key.mask.png: 1 the patient's left lung, 2 the
 # right one), as the webdataset library reads and writes them. An index says where in which shard
 # each image lies, so any image is one seek and one read, in any order.
-INDEX = "index.safetensors"
-WINDOW = 8  # CHOICE: shards within which images are permuted; also what a remote cache keeps
+INDEX = "index.npz"
 TRIES = 3   # of fetching a remote shard, with a pause between
-TEXTS = ("key", "patient", "provider", "labels")
+WINDOW = 8  # CHOICE: shards within which images are permuted; also what a remote cache keeps
 MEMBER = re.compile(rf"(.*?)\.(mask\.png|json|{'|'.join(PICTURES).replace('.', '')})", re.I | re.S)
-PARTS = ("image", "mask", "info")  # (offset, length) of each in the shard; (0, 0): there is none
+# A row of an index: its shard and the bytes of that, what the image is of, then where in the shard
+# its parts begin and how many bytes they have (0: there is none), and the image's side in pixels.
+COLUMNS = ("shard", "shard_bytes", "key", "patient", "provider", "labels", "image", "image_bytes",
+           "mask", "mask_bytes", "info", "info_bytes", "size")
 
 
 @dataclass
@@ -1089,46 +1069,39 @@ def tar_members(tar: tarfile.TarFile):
         raise tarfile.ReadError(f"cut short or damaged at byte {tar.offset:,}")
 
 
-def scan_shard(path) -> tuple[np.ndarray, str]:
-    """A tar -> rows of an index, and what is wrong with it, or "". A key ends at the last dot; the
-    picture key.png wins over others. Only our own JSON is believed, and a mask only beside it."""
-    found = {"image": {}, "mask": {}, "info": {}}
-    problem = ""
+def scan_shard(path: Path) -> list[tuple]:
+    """A tar -> rows of an index; UserError where it is damaged. A key ends at the last dot; of its
+    pictures the first counts. Only our own JSON is believed, and a mask only beside it."""
+    spans = defaultdict(dict)  # key: {part: (offset, length)}
     try:
         with tarfile.open(path, "r:", tarinfo=Member) as tar:
             for member in tar_members(tar):
                 name = MEMBER.fullmatch(member.name)
                 if name and member.isreg():
                     key, suffix = name.groups()
-                    suffix = suffix.lower()
-                    part = {"mask.png": "mask", "json": "info"}.get(suffix, "image")
-                    if suffix == "png" or key not in found[part]:
-                        found[part][key] = (member.offset_data, member.size)
+                    part = {"mask.png": "mask", "json": "info"}.get(suffix.lower(), "image")
+                    spans[key].setdefault(part, (member.offset_data, member.size))
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        problem = first_line(error)
+        raise UserError(f"{path}: {first_line(error)}; make or fetch this shard again") from None
     rows = []
     nowhere = (0, 0)
     with open(path, "rb") as file:
-        for key, span in found["image"].items():
-            info = read_info(read_span(file, found["info"].get(key, nowhere)))
-            spans = [found[part].get(key, nowhere) if info else nowhere for part in PARTS[1:]]
+        for key, parts in spans.items():
+            if "image" not in parts:
+                continue
+            info = read_info(read_span(file, *parts.get("info", nowhere)))
+            if not info:
+                parts = {"image": parts["image"]}
             texts = [key, info.get("patient", ""), info.get("provider", ""),
                      "|".join(info.get("labels", ()))]
-            if sum(span) <= os.path.getsize(path):
-                rows.append((*map(os.fsencode, texts), span, *spans, info.get("size", 0)))
-    widths = [max([1, *(len(row[k]) for row in rows)]) for k in range(4)]
-    return np.array(rows, row_type(widths)), problem
+            rows.append((os.fsencode(path.name), path.stat().st_size, *map(os.fsencode, texts),
+                         *parts["image"], *parts.get("mask", nowhere), *parts.get("info", nowhere),
+                         info.get("size", 0)))
+    return rows
 
 
-def row_type(widths) -> np.dtype:
-    """A row of an index. widths: bytes of its texts."""
-    texts = [(name, f"S{width}") for name, width in zip(TEXTS, widths)]
-    return np.dtype([*texts, *[(part, "<i8", 2) for part in PARTS], ("size", "<i8")])
-
-
-def read_span(file, span) -> bytes:
-    """The bytes at (offset, length), none where these lie outside of the file or are too many."""
-    offset, length = span
+def read_span(file, offset: int, length: int) -> bytes:
+    """Bytes of a file, none where they lie outside of it or are too many."""
     is_inside = 0 <= offset <= offset + length <= os.fstat(file.fileno()).st_size
     if not is_inside or length > MAX_BYTES:
         return b""
@@ -1148,69 +1121,75 @@ def read_info(content: bytes) -> dict:
         return {}
 
 
-def scan_shards(paths: list[Path]) -> dict[str, tuple[int, np.ndarray]]:
-    """{name: (bytes, rows)}; what is wrong is noted, and what comes before it is used."""
-    scans = run_jobs(scan_shard, [(path,) for path in paths], "indexing")
-    for path, (rows, problem) in zip(paths, scans):
-        if problem:
-            note(f"{path}: {problem}; its first {len(rows)} images are used")
-    return {path.name: (path.stat().st_size, scan[0]) for path, scan in zip(paths, scans)}
+def scan_shards(paths: list[Path]) -> np.ndarray:
+    """The rows of the index of shards: a structured array with the fields COLUMNS."""
+    rows = list(itertools.chain(*run_jobs(scan_shard, [(path,) for path in paths], "indexing")))
+    if not rows:
+        raise UserError(f"found no image in {len(paths)} shards: {paths[0]} …")
+    return np.rec.fromarrays(list(zip(*rows)), names=",".join(COLUMNS))
 
 
-def write_index(path, shards: dict[str, tuple[int, np.ndarray]]) -> None:
-    """What `scan_shards` found -> one safetensors file."""
-    rows = np.concatenate([part for _, part in shards.values()])
-    info = {"bytes": {name: size for name, (size, _) in shards.items()},
-            "images": {name: len(part) for name, (_, part) in shards.items()},
-            "widths": [rows.dtype[name].itemsize for name in TEXTS]}
-    save_tensors(path, {"rows": torch.from_numpy(rows.view(np.uint8))}, info)
-
-
-def read_index(path) -> tuple[dict[str, int], dict[str, int], np.ndarray]:
-    """-> {shard: bytes}, {shard: images}, rows (memory-mapped). UserError where it is damaged."""
-    tensors, info = load_tensors(path)
-    try:
-        rows = tensors["rows"].numpy().view(row_type(info["widths"]))
-        counts = {name: int(count) for name, count in info["images"].items()}
-        sizes = {name: int(info["bytes"][name]) for name in counts}
-        if min(counts.values()) >= 0 and sum(counts.values()) == len(rows):
-            return sizes, counts, rows
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
-        pass
-    raise UserError(f"{path} is damaged or no index of shards; remove it, and it is made again")
+def write_index(path, paths: list[Path]) -> None:
+    """The index of shards -> one .npz, whole or absent."""
+    rows = scan_shards(paths)
+    with whole(path) as partial:
+        np.savez(partial, rows=rows)
 
 
 def index_folder(folder) -> None:
     """(Re)write the index of a folder of shards."""
-    write_index(Path(folder) / INDEX, scan_shards(sorted(Path(folder).glob("*.tar"))))
+    write_index(Path(folder) / INDEX, sorted(Path(folder).glob("*.tar")))
 
 
-def select_shards(counts: dict[str, int], rows: np.ndarray, wanted):
-    """Of an index {shard: images} and its rows: what belongs to the shards in `wanted`."""
-    keep = [name in wanted for name in counts]
-    if not all(keep):
-        rows = rows[np.repeat(keep, list(counts.values()))]
-    return {name: counts[name] for name in counts if name in wanted}, rows
+def read_index(path) -> np.ndarray:
+    """What `index_folder` wrote. UserError where it is damaged."""
+    try:
+        rows = np.load(io.BytesIO(read_bytes(path, 2**36)), allow_pickle=False)["rows"]
+        kinds = [rows.dtype[name].kind for name in COLUMNS]
+        if "".join(kinds) == "SiSSSSiiiiiii" and rows.ndim == 1:
+            return rows
+        found = "other columns"
+    except Exception as error:  # numpy parses the file's head as Python
+        found = first_line(error)
+    raise UserError(f"{path} is damaged or no index of shards ({found}); remove it and run "
+                    "data.index_folder on its folder")
 
 
-class Texts:
-    """A text column of an index, decoded when asked for: a million rows open in no time."""
-
-    def __init__(self, column: np.ndarray):
-        self.column = column
-
-    def __len__(self) -> int:
-        return len(self.column)
-
-    def __getitem__(self, i: int) -> str:
-        return os.fsdecode(self.column[i])
+def decode_texts(column: np.ndarray) -> list[str]:
+    """A text column of an index; names of files may be no UTF-8."""
+    return [os.fsdecode(text) for text in column.tolist()]
 
 
-class Labels(Texts):
-    """The same for labels: each entry is a tuple of str."""
+def shard_counts(rows: np.ndarray) -> dict[str, int]:
+    """{shard: number of its rows}, in their order."""
+    counts = Counter(rows["shard"].tolist())
+    return {os.fsdecode(name): counts[name] for name in counts}
 
-    def __getitem__(self, i: int) -> tuple[str, ...]:
-        return tuple(filter(None, super().__getitem__(i).split("|")))
+
+def select_shards(rows: np.ndarray, wanted) -> np.ndarray:
+    """The rows of the shards in `wanted`."""
+    wanted = set(map(os.fsencode, wanted))
+    return rows[[shard in wanted for shard in rows["shard"].tolist()]]
+
+
+def find_index(folder: Path, paths: list[Path]) -> np.ndarray:
+    """The rows of these shards: of the folder's index or, where none fits, of one in the cache."""
+    sizes = {path.name: path.stat().st_size for path in paths}
+    if (folder / INDEX).exists():
+        with contextlib.suppress(UserError):
+            rows = read_index(folder / INDEX)
+            known = dict(zip(rows["shard"].tolist(), rows["shard_bytes"].tolist()))
+            if all(known.get(os.fsencode(name)) == sizes[name] for name in sizes):
+                return rows if len(known) == len(sizes) else select_shards(rows, sizes)
+        note(f"{folder / INDEX} is not of these shards; data.index_folder(folder) makes it again")
+    # TRAP: tars are padded to 10,240 bytes: other shards may well be of the same size.
+    times = [path.stat().st_mtime_ns for path in paths]
+    name = digest(str(folder.absolute()), sizes, times)
+    cached = cache_folder() / "indices" / f"{name}.npz"
+    with locked(cached):
+        if not cached.exists():
+            write_index(cached, paths)
+    return read_index(cached)
 
 
 class XRays(torch.utils.data.Dataset):
@@ -1221,7 +1200,7 @@ class XRays(torch.utils.data.Dataset):
     shards: {path, or name on the remote side: number of its rows}.
     """
 
-    def __init__(self, name: str, size: int, shards: dict, rows: np.ndarray, count=None,
+    def __init__(self, name: str, size: int, shards: dict[str, int], rows: np.ndarray, count=None,
                  remote=None, seed=None):
         self.name = name
         self.size = size
@@ -1230,13 +1209,25 @@ class XRays(torch.utils.data.Dataset):
         self.rows = rows[:count]
         self.shards = list(shards)
         self.starts = np.minimum(np.cumsum([0, *shards.values()]), len(self.rows))
-        self.keys, self.patients, self.providers = [Texts(self.rows[text]) for text in TEXTS[:3]]
-        self.labels = Labels(self.rows["labels"])
-        if not len(self.rows):
-            raise UserError(f"--data {name}: found no image in {len(shards)} shards")
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @functools.cached_property
+    def keys(self) -> list[str]:
+        return decode_texts(self.rows["key"])
+
+    @functools.cached_property
+    def patients(self) -> list[str]:
+        return decode_texts(self.rows["patient"])
+
+    @functools.cached_property
+    def providers(self) -> list[str]:
+        return decode_texts(self.rows["provider"])
+
+    @functools.cached_property
+    def labels(self) -> list[tuple[str, ...]]:
+        return [tuple(filter(None, text.split("|"))) for text in decode_texts(self.rows["labels"])]
 
     @functools.cached_property
     def digest(self) -> str:
@@ -1252,7 +1243,7 @@ class XRays(torch.utils.data.Dataset):
         return resize(image, self.size) if is_prepared else preprocess(image, self.size)
 
     def has_mask(self, i: int) -> bool:
-        return bool(self.rows["mask"][i, 1])
+        return bool(self.rows["mask_bytes"][i])
 
     def mask(self, i: int) -> np.ndarray | None:
         """bool (2, size, size): the patient's left and right lung; None without a mask."""
@@ -1260,6 +1251,16 @@ class XRays(torch.utils.data.Dataset):
             return None
         mask = resize(self._decode(i, "mask"), self.size, Image.NEAREST)
         return np.stack([mask == 1, mask == 2])
+
+    def problem(self, i: int) -> str:
+        """What is wrong with an image or its mask, or ""."""
+        try:
+            self.mask(i)
+            if np.ptp(self[i]) == 0:
+                return f"{self.shard_of(i)}: {self.keys[i]}: every pixel has the same value"
+        except UserError as error:
+            return str(error)
+        return ""
 
     def info(self, i: int) -> dict:
         """The JSON beside the image, {} where there is none of ours."""
@@ -1269,10 +1270,9 @@ class XRays(torch.utils.data.Dataset):
         """Images by key -> {key, with _ for /: uint8 (size, size)}."""
         found = {}
         for key in keys:
-            places = np.flatnonzero(self.rows["key"] == os.fsencode(key))
-            if not len(places):
+            if key not in self.keys:
                 raise UserError(f"{self.name}: no key {key!r}; the first is {self.keys[0]}")
-            found[key.replace("/", "_")] = torch.from_numpy(self[places[0]])
+            found[key.replace("/", "_")] = torch.from_numpy(self[self.keys.index(key)])
         return found
 
     def read(self, ids) -> torch.Tensor:
@@ -1284,21 +1284,26 @@ class XRays(torch.utils.data.Dataset):
     def shard_of(self, i: int) -> str:
         return self.shards[np.searchsorted(self.starts, i, "right") - 1]
 
-    def open(self, shard: str):
-        return self.remote.open(shard) if self.remote else open(shard, "rb")
+    def open(self, i: int):
+        """The shard of an image, open for reading; a remote one is fetched first."""
+        if self.remote:
+            return self.remote.open(self.shard_of(i), self.rows["shard_bytes"][i])
+        return open(self.shard_of(i), "rb")
 
     def _content(self, i: int, part: str) -> bytes:
-        with self.open(self.shard_of(i)) as file:
-            return read_span(file, self.rows[part][i].tolist())
+        with self.open(i) as file:
+            return read_span(file, int(self.rows[part][i]), int(self.rows[f"{part}_bytes"][i]))
 
     def _decode(self, i: int, part: str) -> np.ndarray:
+        key = os.fsdecode(self.rows["key"][i])
         try:
-            return decode(self._content(i, part), self.keys[i])
+            return load_image(self._content(i, part), key)
         except (Unreadable, OSError) as error:
-            message = (f"{self.shard_of(i)}: {part} of {self.keys[i]}: {error}. Make or fetch this "
+            message = (f"{self.shard_of(i)}: {part} of {key}: {error}. Make or fetch this "
                        f"shard again; data.py check '{self.name}' names all damage")
             raise UserError(message) from None
 
+    @functools.lru_cache(8)  # the epochs that readers are in, of a few sets
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """int64 (len,): each image once; shards permuted, images permuted within WINDOW shards."""
         shards = np.argsort(hash64(seed, epoch, 1, np.arange(len(self.shards))))
@@ -1309,33 +1314,22 @@ class XRays(torch.utils.data.Dataset):
 
     def fetch(self, ids) -> None:
         """Fetch the remote shards of these images; what fails here fails again when it is read."""
-        for shard in dict.fromkeys(map(self.shard_of, ids)):
+        for i in {self.shard_of(i): i for i in ids}.values():
             with contextlib.suppress(UserError, OSError):
-                self.open(shard).close()
+                self.open(i).close()
 
 
 def open_shards(name: str, size: int, paths: list[Path], count=None, seed=None) -> XRays:
-    """Local shards, in one folder or several. Their index is the folder's, or one in the cache."""
-    folders = defaultdict(dict)
+    """Local shards, in one folder or several."""
+    folders = defaultdict(list)
     for path in paths:
-        folders[path.parent][path.name] = path.stat().st_size
+        folders[path.parent].append(path)
     shards = {}
     parts = []
-    for folder, sizes in folders.items():
-        # TRAP: tars are padded to 10,240 bytes: other shards may well be of the same size.
-        times = [os.stat(folder / shard).st_mtime_ns for shard in sizes]
-        cached = cache_folder() / "indices" / digest(str(folder.absolute()), sizes, times)
-        with locked(cached):
-            for place in (folder / INDEX, cached):
-                with contextlib.suppress(UserError):
-                    known, counts, rows = read_index(place)
-                    if sizes.items() <= known.items():
-                        break
-            else:
-                write_index(cached, scan_shards([folder / shard for shard in sizes]))
-                known, counts, rows = read_index(cached)
-        found, rows = select_shards(counts, rows, sizes)
-        shards |= {str(folder / shard): found[shard] for shard in found}
+    for folder, found in folders.items():
+        rows = find_index(folder, found)
+        counts = shard_counts(rows)
+        shards |= {str(folder / shard): counts[shard] for shard in counts}
         parts.append(rows)
     rows = np.concatenate(parts) if len(parts) > 1 else parts[0]
     return XRays(name, size, shards, rows, count, seed=seed)
@@ -1357,7 +1351,7 @@ def open_data(spec: str, size: int, seed: int = 0, count: int | None = None,
         return open_remote(spec, size, count, cache_gb)
     if path.is_dir():
         paths = sorted(filter(Path.is_file, path.glob("*.tar")))
-        is_world = not paths or labels or label_csvs(path) or any(map(SUFFIX.search, walk(path)))
+        is_world = not paths or labels or any(map(WORLD.search, walk(path)))
         is_world = is_world and not (path / INDEX).exists()
     else:
         folder = str(path.parent)  # one that is there may have a name with [ or *
@@ -1377,47 +1371,41 @@ def open_data(spec: str, size: int, seed: int = 0, count: int | None = None,
     return open_shards(spec, size, paths, count)
 
 
-def made_once(folder: Path, make, *arguments) -> list[Path]:
-    """The shards in a folder of the cache, which make(*arguments) fills once on a machine."""
-    with locked(folder):
-        if not (folder / INDEX).exists():
-            make(*arguments)
-    return sorted(folder.glob("*.tar"))
-
-
 def _prepared(path: Path, size: int, labels: str | None) -> list[Path]:
-    """The shards of a folder or archive of X-rays; other files, another folder of shards."""
+    """The shards of a folder or archive of X-rays, prepared once; other files, another folder."""
     path = path.absolute()
     files = [*walk(path).values(), *label_csvs(path)]
     listing = [(str(file), os.path.getsize(file), os.path.getmtime(file)) for file in files]
     folder = cache_folder() / "prepared" / f"{path.name}-{size}px-{digest(listing, labels)}"
-    return made_once(folder, prepare, Prepare(str(path), str(folder), size, labels))
+    with locked(folder):
+        if not (folder / INDEX).exists():
+            prepare(Prepare(str(path), str(folder), size, labels))
+    return sorted(folder.glob("*.tar"))
 
 
 def _open_phantoms(size: int, count: int, seed: int) -> XRays:
-    """`count` films of imaginary patients, VISITS each. Their folder's name holds a film with all
-    findings: other lines above, another folder."""
+    """`count` films of imaginary patients, VISITS each, drawn once. Their folder's name holds a
+    film with all findings: other lines above, another folder."""
     film = digest(render_phantom(seed, 0, 0, 64, FINDINGS)[0].tolist(), PREVALENCE)
     folder = cache_folder() / "phantoms" / f"{size}px-{count}-seed{seed}-{film}"
-    paths = made_once(folder, _draw_phantoms, folder, size, count, seed)
-    return open_shards("phantom", size, paths, seed=seed)
+    with locked(folder):
+        if not (folder / INDEX).exists():
+            jobs = [(folder / f"shard-{k:06d}.tar", seed, range(k, min(k + 128, count)), size)
+                    for k in range(0, count, 128)]
+            run_jobs(_draw_phantoms, jobs, "drawing phantoms")
+            index_folder(folder)
+    return open_shards("phantom", size, sorted(folder.glob("*.tar")), seed=seed)
 
 
-def _draw_phantoms(folder: Path, size: int, count: int, seed: int) -> None:
-    jobs = [(folder / f"shard-{k:06d}.tar", seed, range(k, min(k + 128, count)), size)
-            for k in range(0, count, 128)]
-    run_jobs(_write_phantoms, jobs, "drawing phantoms")
-    index_folder(folder)
-
-
-def _write_phantoms(path: Path, seed: int, numbers: range, size: int) -> None:
-    write_shard(path, (_phantom(seed, *divmod(number, VISITS), size) for number in numbers))
-
-
-def _phantom(seed: int, patient: int, visit: int, size: int) -> Sample:
-    image, (left, right), labels = render_phantom(seed, patient, visit, size)
-    return Sample(f"phantom-{patient:05d}-{visit}", image, f"{patient:05d}", "phantom", labels,
-                  np.uint8(left + 2 * right))
+def _draw_phantoms(path: Path, seed: int, numbers: range, size: int) -> None:
+    """A shard of phantoms."""
+    samples = []
+    for number in numbers:
+        patient, visit = divmod(number, VISITS)
+        image, (left, right), labels = render_phantom(seed, patient, visit, size)
+        samples.append(Sample(f"phantom-{patient:05d}-{visit}", image, f"{patient:05d}", "phantom",
+                              labels, np.uint8(left + 2 * right)))
+    write_shard(path, samples)
 
 
 # ---- Shards that lie elsewhere ----
@@ -1443,43 +1431,45 @@ class Remote:
         self.spec = spec
         self.hub = None if spec.startswith("pipe:") else parse_hub(spec)
         self.limit = cache_gb * 1e9
-        self.sizes = {}  # bytes of each shard, as the index has them
         place = os.path.dirname(spec) if self.hub else spec
         self.folder = cache_folder() / "shards" / digest(place)
 
-    def open(self, name: str):
-        """The local copy of a shard, open for reading; fetched if it is not there, or not whole."""
+    def open(self, name: str, size: int):
+        """The local copy of a shard of `size` bytes, open for reading; fetched if it is not there,
+        or not whole."""
         path = self.folder / name
         with locked(path):  # an open file can be read even if it is dropped
-            is_new = not path.exists() or path.stat().st_size != self.sizes[name]
+            is_new = not path.exists() or path.stat().st_size != size
             if is_new:
-                self.fetch(name)
+                self.fetch(name, size)
             os.utime(path)  # used now: the drop goes by this
             file = open(path, "rb")
         if is_new:
             self._drop()
         return file
 
-    def fetch(self, name: str) -> None:
+    def fetch(self, name: str, size: int | None = None) -> None:
         """Bring one file, whole or not at all; UserError after TRIES failures."""
         for attempt in range(TRIES):
             time.sleep(attempt**2)
             try:
                 with whole(self.folder / name) as partial:
                     self._bring(name, partial)
-                    size = partial.stat().st_size
-                    if size != self.sizes.get(name, size):
-                        raise OSError(f"{size:,} bytes came, the index says {self.sizes[name]:,}")
+                    found = partial.stat().st_size
+                    if size not in (None, found):
+                        raise OSError(f"{found:,} bytes came, the index says {size:,}")
                 return
             except (OSError, UserError) as error:
                 reason = error
         raise UserError(f"{self.spec}: {name} could not be fetched in {TRIES} tries: {reason}")
 
     def _bring(self, name: str, partial: Path) -> None:
+        """Copy a remote file to `partial`."""
         if self.hub:
             repository, revision, pattern = self.hub
             there = os.path.join(os.path.dirname(pattern), name)
-            hub_file(repository, there, revision, "dataset", partial.parent).rename(partial)
+            folder, _ = hub_files(repository, [there], revision, "dataset", partial.parent)
+            (folder / there).rename(partial)
             return
         command = self.spec.removeprefix("pipe:").replace("{shard}", name)
         with open(partial, "wb") as file:
@@ -1488,45 +1478,58 @@ class Remote:
             raise OSError(f"exit code {ran.returncode}: {ran.stderr.strip()[-200:]!r}")
 
     def _drop(self) -> None:
+        held = 0
         with contextlib.suppress(FileNotFoundError):  # another process is dropping, too
             newest = sorted(self.folder.glob("*.tar"), key=os.path.getmtime, reverse=True)
-            kept = np.cumsum([path.stat().st_size for path in newest])
-            for path in np.array(newest)[2 * WINDOW:][kept[2 * WINDOW:] > self.limit]:
-                with locked(path):
-                    path.unlink()
+            for k, path in enumerate(newest):
+                held += path.stat().st_size
+                if k >= 2 * WINDOW and held > self.limit:
+                    with locked(path):
+                        path.unlink()
+
+    def index(self) -> np.ndarray:
+        """Of all shards; where it cannot be fetched, that of an earlier run."""
+        path = self.folder / INDEX
+        with locked(path):
+            try:
+                self.fetch(INDEX)
+            except UserError as error:
+                if not path.exists():
+                    raise UserError(f"{error}\nWhere the shards are, data.index_folder(folder) "
+                                    "makes an index") from None
+                note(f"{error}; the index of an earlier run is used")
+        return read_index(path)
 
 
 def open_remote(spec: str, size: int, count: int | None, cache_gb: float) -> XRays:
-    """hf:// or pipe: -> XRays. Shards that lie in the hub's cache are opened there."""
+    """hf:// or pipe: -> XRays. Shards that `hf download` has brought are opened where they are."""
     if spec.startswith("pipe:") and "{shard}" not in spec:
         raise UserError(f"--data {spec}: expected {{shard}} where the shard's name goes: "
                         "'pipe:aws s3 cp s3://BUCKET/{shard} -'")
     remote = Remote(spec, cache_gb)
     pattern = "*"
+    cached = []
     if remote.hub:
         repository, revision, pattern = remote.hub
-        files = hub_files(repository, revision, "dataset")
-        wanted = sorted(fnmatch.filter(files, pattern))
-        if not wanted:
-            raise UserError(f"{spec}: none of its files matches; it holds {sorted(files)[:8]}")
-        if all(map(files.get, wanted)):
-            return open_shards(spec, size, list(map(files.get, wanted)), count)
-    index = remote.folder / INDEX
-    with locked(index):
-        try:
-            remote.fetch(INDEX)
-        except UserError as error:
-            if not index.exists():
-                raise UserError(f"{error}\nWhere the shards are, data.index_folder(folder) makes "
-                                "an index") from None
-            note(f"{error}; the index of an earlier run is used")
-    remote.sizes, counts, rows = read_index(index)
-    strange = [name for name in counts if not re.fullmatch(r"[\w+@=][\w.+@=-]*", name)]
-    if strange:  # names reach a shell
-        raise UserError(f"{spec}: its index names a shard {strange[0]!r}; expected letters, digits "
-                        "and ._-+@=")
+        with contextlib.suppress(UserError):
+            folder, names = hub_files(repository, [pattern], revision, "dataset", is_cached=True)
+            cached = [folder / name for name in names]
+    try:
+        rows = remote.index()
+    except UserError:
+        if not cached:
+            raise
+        return open_shards(spec, size, cached, count)
+    counts = shard_counts(rows)
     wanted = fnmatch.filter(counts, os.path.basename(pattern))
-    return XRays(spec, size, *select_shards(counts, rows, wanted), count, remote)
+    strange = [name for name in wanted if not re.fullmatch(r"[\w+@=][\w.+@=-]*", name)]
+    if strange or not wanted:  # names reach a shell
+        raise UserError(f"{spec}: its index names the shards {[*strange, *counts][:3]}; expected "
+                        f"{pattern}, of letters, digits and ._-+@=")
+    if {path.name for path in cached}.issuperset(wanted):
+        return open_shards(spec, size, cached, count)
+    shards = {name: counts[name] for name in wanted}
+    return XRays(spec, size, shards, select_shards(rows, shards), count, remote)
 
 
 # ---- prepare and check: any pile of X-rays -> shards (paper 2.1) ----
@@ -1554,34 +1557,49 @@ class Prepare:
 @dataclass
 class Check:
     data: str = field(default=None, metadata={"positional": True})  # a quoted glob, or any --data
-    workers: int | None = None    # processes; default: one a core
     offline: bool = False         # hf:// from the hub's cache alone
 
 
+@dataclass
+class Film:
+    """An X-ray that becomes a `Sample`."""
+
+    key: str
+    files: dict[str, str]         # {name: path} of the picture, then of its masks
+    patient: str
+    labels: tuple[str, ...]
+
+
 def walk(root, skip=None) -> dict[str, str]:
-    """{name: path} of all regular files in a folder, sorted: each inode once, nothing hidden, no
-    system folders. Of a file: itself."""
+    """{name: path} of all regular files in a folder, sorted: each once, whatever links lead to it,
+    nothing hidden, no system folders, not the folder `skip`. Of a file: itself."""
     if os.path.isfile(root):
         return {os.path.basename(root): str(root)}
-    found = {}
+    found = {}  # by the real path
     seen = set()
-
-    def is_new(path):
-        status = os.stat(path)
-        before = len(seen)
-        seen.add((status.st_dev, status.st_ino))
-        return len(seen) > before
-
     for folder, folders, names in os.walk(root, followlinks=True, onerror=note):
-        if folder == str(skip) or not is_new(folder):
+        place = os.path.realpath(folder)
+        if folder == str(skip) or place in seen:
             folders.clear()
             continue
+        seen.add(place)
         folders[:] = sorted(name for name in folders if not SYSTEM.match(name))
-        paths = sorted(os.path.join(folder, name) for name in names if not SYSTEM.match(name))
-        for path in sorted(paths, key=os.path.islink):  # a link to a file beside it comes too late
-            if os.path.isfile(path) and is_new(path):
-                found[os.path.relpath(path, root)] = path
-    return dict(sorted(found.items()))
+        for name in names:
+            path = os.path.join(folder, name)
+            place = os.path.realpath(path)
+            is_first = place not in found or not os.path.islink(path)
+            if is_first and os.path.isfile(path) and not SYSTEM.match(name):
+                found[place] = path
+    return {os.path.relpath(path, root): path for path in sorted(found.values())}
+
+
+def is_picture(path: str) -> bool:
+    """By its suffix, or by DICOM's mark: such files are often called by their UID."""
+    if SUFFIX.search(path):
+        return not path.endswith(".mask.png")
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+    return False
 
 
 def read_pictures(paths, size: int) -> dict[str, torch.Tensor]:
@@ -1594,7 +1612,7 @@ def read_pictures(paths, size: int) -> dict[str, torch.Tensor]:
             if name in found:
                 name += f"-{digest(path)}"
             try:
-                if _is_picture(os.path.basename(path), path):
+                if is_picture(path):
                     found[name] = torch.from_numpy(preprocess(load_image(path), size))
             except Unreadable as error:
                 note(str(error))
@@ -1608,113 +1626,112 @@ def label_csvs(source) -> list[Path]:
     return [path for path in (beside, *sorted(source.glob("[!.]*.csv"))) if path.is_file()]
 
 
-def find_pictures(source: str, out: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """A folder, an archive or a glob on the hub -> {name: path}, sorted, {name: why not read}.
-    Archives count as folders and are unpacked into out/.unpacked."""
+def find_pictures(source: str, out: Path, problems: dict[str, str]) -> dict[str, str]:
+    """{name: path} of the pictures in a folder, an archive or a glob on the hub, sorted. Archives
+    count as folders and are unpacked into out/.unpacked; `problems` takes up what is not whole."""
     root = Path(source).expanduser().absolute()
-    problems = {}
     if source.startswith("hf://"):
         repository, revision, pattern = parse_hub(source)
-        files = hub_files(repository, revision, "dataset")
-        files = {name: files[name] or hub_file(repository, name, revision, "dataset")
-                 for name in progress(fnmatch.filter(files, pattern), "fetching", unit=" files")}
+        folder, names = hub_files(repository, [pattern], revision, "dataset")
+        files = {name: str(folder / name) for name in names}
     elif root.exists():
         files = walk(root, out)
     else:
         raise UserError(f"{source}: no such folder or file; expected X-rays, a zip or a tar")
     for name in list(filter(ARCHIVES.search, files)):
-        archive = str(files.pop(name))
-        folder = ARCHIVES.sub("", name) + "/"
-        if any(other.startswith(folder) for other in files):
+        archive = files.pop(name)
+        prefix = ARCHIVES.sub("", name) + "/"
+        if any(other.startswith(prefix) for other in files):
             note(f"{name} lies beside a folder of its name and is left out")
             continue
-        prefix = "" if archive == str(root) else folder
-        files |= unpack(archive, name, prefix, out / ".unpacked", problems)
-    return {name: files[name] for name in sorted(files) if _is_picture(name, files[name])}, problems
+        if archive == str(root):
+            prefix = ""
+        folder = out / ".unpacked" / digest(archive)
+        unpack(archive, folder, problems)
+        inside = walk(folder)
+        files |= {prefix + other: inside[other] for other in inside}
+    return {name: files[name] for name in sorted(files) if is_picture(files[name])}
 
 
-def _is_picture(name: str, path) -> bool:
-    """By its suffix, or by DICOM's mark: such files are often called by their UID."""
-    if any(SYSTEM.match(part) for part in name.split("/") if part not in ("", ".", "..")):
-        return False
-    if SUFFIX.search(name):
-        return not name.endswith(".mask.png")
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-    return False
-
-
-def unpack(path: str, name: str, prefix: str, folder: Path, problems: dict) -> dict[str, Path]:
-    """Copy the members of an archive to files with numbers for names -> {name: path}. `problems`
-    takes up members that cannot be read; of a damaged archive what comes before is used."""
-    files = {}
-    folder.mkdir(parents=True, exist_ok=True)
-    left = max(UNPACKED * os.path.getsize(path), 2**30)
-    is_zip = path.lower().endswith(".zip")
+def unpack(archive: str, folder: Path, problems: dict[str, str]) -> None:
+    """Write the files of a zip or tar to `folder`. `problems` takes up {name: why} of those that
+    cannot be read; of an archive that is cut short, what comes before is used."""
+    left = max(UNPACKED * os.path.getsize(archive), 2**30)
+    is_zip = archive.lower().endswith(".zip")
+    inside = os.path.basename(archive)
+    folder.mkdir(parents=True)
     try:
-        with zipfile.ZipFile(path) if is_zip else tarfile.open(path, tarinfo=Member) as archive:
-            for member in archive.infolist() if is_zip else tar_members(archive):
-                inside = member.filename if is_zip else member.name
+        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, tarinfo=Member) as file:
+            for member in file.infolist() if is_zip else tar_members(file):
+                name = member.filename if is_zip else member.name
                 size = member.file_size if is_zip else member.size
-                if member.is_dir() if is_zip else member.isdir():
+                if name.endswith("/") or (not is_zip and member.isdir()):
                     continue
                 try:
-                    if inside[0] == "/" or ".." in inside.split("/"):
-                        raise ValueError("its path leads out of the archive")
-                    if not is_zip and (not member.isreg() or member.issparse()):
-                        raise ValueError("a link, a device or a sparse file")
-                    if size > min(left, MAX_BYTES):
-                        raise ValueError(f"{size:,} bytes are too many")
-                    if ARCHIVES.search(inside):
-                        raise ValueError("an archive within an archive: unpack it first")
-                    with archive.open(member) if is_zip else archive.extractfile(member) as file:
-                        content = file.read(size + 1)
-                except Exception as error:  # zipfile alone raises five kinds
-                    if SUFFIX.search(inside) or ARCHIVES.search(inside):
-                        problems[prefix + inside] = first_line(error)
-                    continue
-                left -= len(content)
-                files[prefix + inside] = folder / f"{digest(path)}-{len(files)}"
-                files[prefix + inside].write_bytes(content)
+                    _write_member(file, member, name, size, left, folder)
+                    left -= size
+                except Exception as error:  # zipfile, tarfile, zlib and lzma have many kinds
+                    if getattr(error, "errno", None):  # of the disk, not of the archive
+                        raise
+                    problems[f"{inside}: {name}"] = first_line(error)
     except (*DAMAGED, OSError) as error:
-        if getattr(error, "errno", None):  # of the disk, not of the archive
+        if getattr(error, "errno", None):
             raise
-        problems[name] = f"cut short or no archive: {first_line(error)}"
-        note(f"{name}: {problems[name]}; {len(files)} files that come before are used")
-    return files
+        problems[inside] = f"cut short or no archive: {first_line(error)}"
+        note(f"{inside}: {problems[inside]}; what comes before is used")
 
 
-def pair_masks(files: dict[str, str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Names of files -> names of images, {image: its mask, or its left and right mask}.
+def _write_member(file, member, name: str, size: int, left: int, folder: Path) -> None:
+    """One file of an archive, whole, within `folder`; ValueError says why not."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError("its path leads out of the archive")
+    if size > min(left, MAX_BYTES):
+        raise ValueError(f"{size:,} bytes are too many")
+    if ARCHIVES.search(name):
+        raise ValueError("an archive within an archive: unpack it first")
+    if isinstance(member, tarfile.TarInfo) and not member.isreg():
+        raise ValueError("a link or a device")
+    open_member = file.open if isinstance(file, zipfile.ZipFile) else file.extractfile
+    with open_member(member) as part:
+        content = part.read(size)
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def pair_masks(names) -> dict[str, list[str]]:
+    """Names of pictures -> {image: [], [its mask], or [its left and right mask]}, sorted.
 
     images/ + masks/ · JSRT's *.IMG + SCR's left lung/, right lung/ · CXR_png/ + ManualMask/
     leftMask/, rightMask/ (Montgomery) · CXR_png/ + mask/*_mask.png (Shenzhen). A mask belongs to
     the image of its name that shares the longest path with it; an image without one is kept.
     """
+    paired = {}
     images = defaultdict(list)
     masks = []
-    for name in files:
+    orphans = []
+    for name in sorted(names):
         folder = os.path.basename(os.path.dirname(name))
         if MASK_FOLDER.fullmatch(folder):
             masks.append(name)
         elif not OTHER_ORGANS.fullmatch(folder):
+            paired[name] = []
             images[_stem(name)].append(name)
-    paired = defaultdict(list)
     for mask in masks:
-        parts = mask.split("/")
-        shared = {name: len(os.path.commonprefix([parts, name.split("/")]))
-                  for name in images.get(_stem(mask).removesuffix("_mask"), ())}
+        shared = {name: len(os.path.commonprefix([mask.split("/"), name.split("/")]))
+                  for name in images[_stem(mask).removesuffix("_mask")]}
         best = [name for name in shared if shared[name] == max(shared.values())]
-        for name in best:
-            paired[name].append(mask)
-        folders = Counter(os.path.dirname(other) for name in best for other in paired[name])
-        if len(folders) > 2 or any(count > 1 for count in folders.values()):
-            raise UserError(f"masks or images of one name: {[*best, *paired[best[0]]]}; these are "
-                            "several sets: prepare one at a time")
-    left_out = len(masks) - sum(map(len, paired.values()))
-    if left_out:
-        note(f"{left_out} masks belong to no image and are left out")
-    return sorted(itertools.chain(*images.values())), paired
+        if not best:
+            orphans.append(mask)
+            continue
+        found = paired[best[0]]
+        found.append(mask)
+        if len(best) > 1 or len(found) > 2 or len(set(map(os.path.dirname, found))) < len(found):
+            raise UserError(f"masks or images of one name: {[*best, *found]}; these are several "
+                            "sets: prepare one at a time")
+    if orphans:
+        note(f"{len(orphans)} masks, such as {orphans[0]}, belong to no image and are left out")
+    return paired
 
 
 def _stem(name: str) -> str:
@@ -1746,22 +1763,22 @@ def prepare(s: Prepare) -> None:
         raise UserError(f"found --per-shard {s.per_shard} --size {s.size}, expected at least 1")
     out = Path(s.out).expanduser().absolute()
     with locked(cache_folder() / "prepared" / digest(str(out))):
-        shutil.rmtree(out / ".unpacked", ignore_errors=True)
-        rows, unreadable = plan(s, out)
+        for left in (out / ".unpacked", *out.glob(".shard-*.partial")):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+        unreadable = {}  # {name: why}
+        films = find_films(s, find_pictures(s.source, out, unreadable))
         recipe = {"source": os.path.abspath(s.source), "size": s.size, "provider": s.provider,
-                  "per_shard": s.per_shard, "files": digest(rows)}
+                  "per_shard": s.per_shard, "files": digest([vars(film) for film in films])}
         file = out / "prepare.json"
         known = read_json(file) if file.exists() else recipe
-        changed = [f"{name} was {known.get(name)!r}, is {recipe[name]!r}"
-                   for name in recipe if known.get(name) != recipe[name]]
-        if changed:
-            raise UserError(f"{out} holds shards made otherwise: {'; '.join(changed)}. Give "
-                            "another --out, or remove that folder")
+        if known != recipe:
+            raise UserError(f"{out} holds shards made otherwise: found {known}, expected {recipe}. "
+                            "Give another --out, or remove that folder")
         write_json(file, recipe)
         # CHOICE: small sets have shards of fewer images, for all cores to work.
-        step = min(s.per_shard, max(64, -(-len(rows) // 16)))
-        jobs = [(out / f"shard-{k // step:06d}.tar", rows[k:k + step], s)
-                for k in range(0, len(rows), step)]
+        step = min(s.per_shard, max(64, -(-len(films) // 16)))
+        jobs = [(out / f"shard-{k // step:06d}.tar", films[k:k + step], s)
+                for k in range(0, len(films), step)]
         missing = [job for job in jobs if not job[0].exists()]
         run_jobs(_prepare_shard, missing, f"preparing {s.source}", s.workers)
         shutil.rmtree(out / ".unpacked", ignore_errors=True)
@@ -1773,20 +1790,35 @@ def prepare(s: Prepare) -> None:
             note(f"{len(unreadable):,} files could not be read; {out / 'unreadable.json'} names "
                  f"them. The first, {name}: {unreadable[name]}")
         index_folder(out)
-        images = len(read_index(out / INDEX)[2])
-        if not images:
-            raise UserError(f"{s.source}: no readable X-ray among {len(rows):,} files")
+        images = len(read_index(out / INDEX))
         print(f"{images:,} images in {len(jobs)} shards with their index: {out}/")
 
 
-def plan(s: Prepare, out: Path) -> tuple[list[tuple], dict[str, str]]:
-    """-> (key, {name: path} of the image and its masks, patient, labels) of each image, in a fixed
-    order, and {name: why it is not read}."""
-    files, problems = find_pictures(s.source, out)
-    names, masks = pair_masks(files)
-    if not names:
+def find_films(s: Prepare, files: dict[str, str]) -> list[Film]:
+    """Of {name: path} of pictures: each X-ray with its masks, patient and labels, in a fixed
+    order."""
+    masks = pair_masks(files)
+    if not masks:
         raise UserError(f"{s.source} holds no X-rays; expected {' '.join(PICTURES)}, or zip or tar "
-                        f"files of them {first_line(problems) if problems else ''}")
+                        "files of them")
+    is_mimic = bool(s.labels) and os.path.isdir(s.labels)  # its tables name frontal views alone
+    films = {}
+    for name, row in zip(masks, find_labels(s, list(masks))):
+        if row is None and is_mimic:
+            continue
+        patient, labels = row or ("", ())
+        if masks[name]:  # such sets have an image a patient
+            patient = patient or _stem(name)
+        key = re.sub(r"[^\w/-]+", "_", SUFFIX.sub("", name)).strip("/")
+        if key in films:
+            key = f"{key}-{digest(name)}"
+        pictures = {part: files[part] for part in [name, *masks[name]]}
+        films[key] = Film(key, pictures, patient, labels)
+    return list(films.values())
+
+
+def find_labels(s: Prepare, names: list[str]) -> list:
+    """(patient, labels) of each image, or None, by --labels or the CSVs in or beside the source."""
     table = {}
     for path in [s.labels] if s.labels else label_csvs(s.source):
         try:
@@ -1795,99 +1827,78 @@ def plan(s: Prepare, out: Path) -> tuple[list[tuple], dict[str, str]]:
             if s.labels:
                 raise
             note(f"skipped: {error}")
-    is_mimic = bool(s.labels) and os.path.isdir(s.labels)  # its tables name frontal views alone
-    found = match_labels(table, names, os.path.abspath(s.source))
-    matched = len(found) - found.count(None)
-    if table:
-        note(f"labels of {s.source}: matched {matched:,} of {len(names):,} images"
-             f"{'; the others are left out' * is_mimic}")
+    rows = match_labels(table, names, os.path.abspath(s.source))
+    matched = len(rows) - rows.count(None)
     if table and not matched:
         raise UserError(f"none of the {len(table):,} files that the labels name, such as "
                         f"{next(iter(table))}, is among the images, such as {names[0]}")
-    rows = {}
-    for name, row in zip(names, found):
-        if row is None and is_mimic:
-            continue
-        patient, labels = row or ("", ())
-        if name in masks:  # such sets have an image a patient
-            patient = patient or _stem(name)
-        key = re.sub(r"[^\w/-]+", "_", SUFFIX.sub("", name)).strip("/")
-        if key in rows:
-            key = f"{key}-{digest(name)}"
-        pictures = {part: str(files[part]) for part in [name, *masks.get(name, ())]}
-        rows[key] = (key, pictures, patient, labels)
-    return list(rows.values()), problems
+    if table:
+        note(f"labels of {s.source}: matched {matched:,} of {len(names):,} images")
+    return rows
 
 
-def _prepare_shard(path: Path, rows: list[tuple], s: Prepare) -> None:
-    write_shard(path, _read_samples(path, rows, s))
+def _prepare_shard(path: Path, films: list[Film], s: Prepare) -> None:
+    write_shard(path, _read_films(path, films, s))
 
 
-def _read_samples(path: Path, rows: list[tuple], s: Prepare):
-    """The images of one shard, cropped; then a file beside it names those that cannot be read."""
+def _read_films(path: Path, films: list[Film], s: Prepare):
+    """The images of one shard; then a file beside it names those that cannot be read."""
     unreadable = {}
-    provider = s.provider or Path(s.source).absolute().name.split(".")[0]
-    for key, files, patient, labels in rows:
-        pictures = {}
-        for name, file in files.items():  # the image, then its masks
-            try:
-                pictures[name] = load_image(file, name)
-            except Unreadable as error:
-                unreadable[name] = str(error)
-        name = next(iter(files))
-        if name not in pictures:
-            continue
-        image = pictures.pop(name)
-        if image.min() == image.max():
-            unreadable[name] = f"{name}: every pixel has the same value"
-            continue
-        part = square(image)
-        lungs = []
-        for mask in pictures.values():
-            mask = Image.fromarray(mask > mask.max() // 2)  # SCR's masks have half the size
-            mask = np.array(mask.resize(image.shape[::-1], Image.NEAREST), np.uint8)
-            lungs.append(resize(mask[part], s.size, Image.NEAREST) > 0)
-        mask = lung_mask(lungs) if 0 < len(lungs) == len(files) - 1 else None
-        yield Sample(key, resize(image[part], s.size), patient, provider, labels, mask,
-                     {"file": name})
+    for film in films:
+        sample = read_film(film, s, unreadable)
+        if sample:
+            yield sample
     if unreadable:
         write_json(path.with_suffix(".unreadable.json"), unreadable)
+
+
+def read_film(film: Film, s: Prepare, unreadable: dict[str, str]) -> Sample | None:
+    """An X-ray and its masks, cropped alike; `unreadable` takes up {name: why}."""
+    pictures = {}
+    for name, path in film.files.items():
+        try:
+            pictures[name] = load_image(path, name)
+        except Unreadable as error:
+            unreadable[name] = str(error)
+    name = next(iter(film.files))
+    image = pictures.pop(name, None)
+    if image is None:
+        return None
+    if image.min() == image.max():
+        unreadable[name] = f"{name}: every pixel has the same value"
+        return None
+    part = square(image)
+    lungs = []
+    for mask in pictures.values():
+        mask = Image.fromarray(mask > mask.max() // 2)  # SCR's masks have half the size
+        mask = np.array(mask.resize(image.shape[::-1], Image.NEAREST), np.uint8)
+        lungs.append(resize(mask[part], s.size, Image.NEAREST) > 0)
+    is_whole = 0 < len(lungs) == len(film.files) - 1
+    provider = s.provider or Path(s.source).absolute().name.split(".")[0]
+    return Sample(film.key, resize(image[part], s.size), film.patient, provider, film.labels,
+                  lung_mask(lungs) if is_whole else None, {"file": name})
 
 
 def check(s: Check) -> None:
     """Read every image of a set, say what is wrong; UserError where anything is."""
     ds = open_data(s.data, 64)
-    jobs = [(XRays(ds.name, 64, {shard: stop - start}, ds.rows[start:stop], remote=ds.remote),)
-            for shard, start, stop in zip(ds.shards, ds.starts, ds.starts[1:]) if stop > start]
-    problems = list(itertools.chain(*run_jobs(_check_shard, jobs, f"checking {s.data}", s.workers)))
-    twice = len(ds) - len(set(ds.rows["key"].tolist()))
+    problems = []
+    with ThreadPoolExecutor(cores()) as pool:
+        for k in progress(range(len(ds.shards)), f"checking {s.data}", unit=" shards"):
+            images = range(ds.starts[k], ds.starts[k + 1])
+            problems += filter(None, pool.map(ds.problem, images))
+    twice = len(ds) - len(set(ds.keys))
     if twice:
         problems.append(f"{twice} images have the key of another one")
     for folder in {Path(shard).parent for shard in ds.shards}:
         with contextlib.suppress(UserError):
-            gone = [name for name in read_index(folder / INDEX)[0] if not (folder / name).exists()]
+            names = shard_counts(read_index(folder / INDEX))
+            gone = [name for name in names if not (folder / name).exists()]
             problems += [f"{folder / name}: missing, but in {INDEX}" for name in gone]
     print("\n".join(problems[:50]))
     if problems:
         raise UserError(f"{s.data}: {len(ds):,} images, problems: {len(problems)}")
     print(f"{s.data}: {len(ds):,} images, all readable")
-
-
-def _check_shard(ds: XRays) -> list[str]:
-    """What is wrong with a set of one shard."""
-    with ds.open(ds.shards[0]) as file:
-        found, problem = scan_shard(file.name)
-    if found["image"].tolist() != ds.rows["image"].tolist():
-        problem += f" {len(found)} images, not the {len(ds)} of its index"
-    problems = [f"{ds.shards[0]}: {problem}"] if problem else []
-    for i in range(len(ds)):
-        try:
-            if np.ptp(ds[i]) == 0:
-                problems.append(f"{ds.shards[0]}: {ds.keys[i]}: every pixel has the same value")
-            ds.mask(i)
-        except UserError as error:
-            problems.append(str(error))
-    return problems
 
 
 # ---- Batches: the endless stream of epochs, cut by step and rank (paper 2.5) ----
@@ -1903,8 +1914,7 @@ def batches(ds, batch: int, start_step: int = 0, seed: int = 0, rank: int = 0, w
     """
     micro_batch = micro_batch or batch // world
     assert batch % (world * micro_batch) == 0, (batch, world, micro_batch)
-    stream = Stream(ds, seed)
-    places = _places(stream, batch, start_step, rank, world, micro_batch)
+    places = _places(ds, seed, batch, start_step, rank, world, micro_batch)
     reader = _Reader(ds, read)
     options = {}
     if workers:
@@ -1922,28 +1932,22 @@ def batches(ds, batch: int, start_step: int = 0, seed: int = 0, rank: int = 0, w
         if isinstance(item, UserError):
             raise item
         if ds.remote:  # threads start after the workers were forked
-            coming = stream[item[0] * batch + ahead + np.arange(batch)]
+            coming = images_at(ds, seed, item[0] * batch + ahead + np.arange(batch))
             threading.Thread(target=ds.fetch, args=(coming,), daemon=True).start()
         yield item
 
 
-class Stream:
-    """stream[places] -> ids of the images at these places of the epochs of `seed`, end to end."""
-
-    def __init__(self, ds, seed: int):
-        self.count = len(ds)
-        self.order = functools.lru_cache(3)(functools.partial(ds.order, seed))
-
-    def __getitem__(self, places: np.ndarray) -> np.ndarray:
-        return np.array([self.order(place // self.count)[place % self.count]
-                         for place in places.tolist()])
+def images_at(ds, seed: int, places: np.ndarray) -> np.ndarray:
+    """ids of the images at these places of the epochs of `seed`, end to end."""
+    return np.array([ds.order(seed, place // len(ds))[place % len(ds)]
+                     for place in places.tolist()])
 
 
-def _places(stream: Stream, batch, start_step, rank, world, micro_batch):
+def _places(ds, seed, batch, start_step, rank, world, micro_batch):
     """(step, ids) of each micro-batch of this rank."""
     share = batch // world
     for step in itertools.count(start_step):
-        ids = stream[step * batch + rank * share + np.arange(share)]
+        ids = images_at(ds, seed, step * batch + rank * share + np.arange(share))
         for part in ids.reshape(-1, micro_batch):
             yield step, part
 
@@ -1965,20 +1969,18 @@ class _Reader(torch.utils.data.Dataset):
 def _start_reader(worker: int) -> None:
     """SIGTERM to a process group asks for a checkpoint: readers go on until their parent ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    end_with(os.getppid())
 
 
 def fit_shared_memory(workers: int, item_bytes: int) -> int:
     """-> the workers whose batches fit into /dev/shm: two of each, and two with the caller. TRAP: a
     DataLoader whose batches do not fit waits for ever, or dies of a bus error."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    fitting = int(0.8 * free_shared_memory() / ranks / item_bytes / 2) - 1
-    if fitting >= workers:
-        return workers
-    note(f"/dev/shm has room for {max(fitting, 0)} of {workers} workers with batches of "
-         f"{item_bytes:,} bytes; in Docker, --shm-size gives more room")
-    return max(fitting, 0)
+    fitting = max(0, int(0.4 * free_shared_memory() / ranks / item_bytes) - 1)
+    if fitting < workers:
+        note(f"/dev/shm has room for {fitting} of {workers} workers with batches of "
+             f"{item_bytes:,} bytes; in Docker, --shm-size gives more room")
+    return min(fitting, workers)
 
 
 def free_shared_memory() -> float:

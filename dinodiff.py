@@ -25,7 +25,7 @@ import copy
 import dataclasses
 import datetime
 import fcntl
-import io
+import functools
 import itertools
 import json
 import math
@@ -51,9 +51,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from data import UserError, digest, generator, to_model
+from data import UserError, generator, to_model
 from unet import CROSS, UNet, UNetConfig
 from vae import VAE, VAEConfig, VAESettings, train_vae
 from vit import DinoSettings, ViT, ViTConfig, train_dino
@@ -206,29 +208,23 @@ class Adam8bit(torch.optim.Optimizer):
     def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 1e-2):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.codes = {}  # device -> signed code for m, unsigned code for v
+        self.codes = {"m": dynamic_code(True), "v": dynamic_code(False)}
         self.rules = (adam_, adam8bit_)
+        if self.param_groups[0]["params"][0].is_cuda:
+            self.rules = [torch.compile(rule, dynamic=True) for rule in self.rules]
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self.update(p, self.state[p], group)
-        return loss
 
     def update(self, p: Tensor, state: dict, group: dict) -> None:
-        if p.device not in self.codes:
-            self.codes[p.device] = [dynamic_code(sign).to(p.device) for sign in (True, False)]
-            if p.is_cuda:
-                self.rules = [torch.compile(rule, dynamic=True) for rule in self.rules]
+        self.codes = {name: code.to(p.device) for name, code in self.codes.items()}
         if not state:
             state["step"] = torch.zeros(())
-            for name, code in zip("mv", self.codes[p.device]):
+            for name, code in self.codes.items():
                 state[name] = torch.zeros_like(p, dtype=torch.float32)
                 if p.numel() >= SMALL:
                     state[name], state[f"{name}_max"] = quantize(state[name], code)
@@ -243,15 +239,14 @@ class Adam8bit(torch.optim.Optimizer):
         if p.numel() < SMALL:
             self.rules[0](*common)
         else:
-            self.rules[1](*common, state["m_max"], state["v_max"], *self.codes[p.device])
+            self.rules[1](*common, state["m_max"], state["v_max"], *self.codes.values())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as flat tensors, `<parameter number>.<name>`."""
     tensors = {}
-    for i, p in enumerate(optimizer.param_groups[0]["params"]):
-        for name, value in optimizer.state.get(p, {}).items():
-            tensors[f"{i}.{name}"] = value
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"{i}.{name}": value for name, value in state.items()}
     return tensors
 
 
@@ -259,9 +254,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     """The inverse. TRAP: Optimizer.load_state_dict would turn 8-bit states into float32, and a
     fused step walks memory: moments must lie in memory as their weights do (channels_last)."""
     for key, value in tensors.items():
-        number, name = key.split(".", 1)
+        number, name = key.split(".")
         p = optimizer.param_groups[0]["params"][int(number)]
-        is_clock = name == "step" and isinstance(optimizer, Adam8bit)
+        is_clock = name == "step" and isinstance(optimizer, Adam8bit)  # read by the CPU
         place = value.to("cpu" if is_clock else p.device, copy=True)
         if value.shape == p.shape:
             place = torch.empty_like(p, dtype=value.dtype).copy_(value)
@@ -347,11 +342,13 @@ PAPER = Train(
     preset="paper", data="", size=512, steps=140_000, batch=512, micro_batch=64, lr=1e-4,
     warmup=1000, optimizer="adam8bit", ema=0.0, vae=SD15 + ":vae", vit="facebook/dino-vitb16",
     views=0, checkpoint_every=2500, sample_every=2500, dtype="bf16", workers=8,
-    unet_config=UNetConfig(), vae_config=VAEConfig())
+    unet_config=UNetConfig(), vae_config=VAEConfig(), vit_config=ViTConfig())
 
 # CHOICE: five condition tokens instead of one make 64 images in one pass too tight for 80 GB.
 PAPER_V2 = dataclasses.replace(PAPER, preset="paper-v2", micro_batch=32,
-                               vit="timm/vit_base_patch14_reg4_dinov2.lvd142m")
+                               vit="timm/vit_base_patch14_reg4_dinov2.lvd142m",
+                               vit_config=ViTConfig("timm", 518, 14, registers=4, layer_scale=True,
+                                                    cls_position=False))
 
 PRESETS = {preset.preset: preset for preset in (TINY, MINI, PAPER, PAPER_V2)}
 
@@ -369,36 +366,56 @@ def preset_defaults(argv: list[str]) -> Train:
     return find_preset(parser.parse_known_args(argv)[0].preset)
 
 
-CHOICES = {"optimizer": ("adamw", "adam8bit"), "dtype": ("fp32", "bf16"),
-           "tokens": ("global", "all")}
-POSITIVE = ("steps", "batch", "lr", "vae_steps", "vit_steps", "checkpoint_every", "sample_every")
+# What a setting may be: one of some words, or a number from … to …; any other number from 0.
+WORDS = {"optimizer": ("adamw", "adam8bit"), "dtype": ("fp32", "bf16"),
+         "tokens": ("global", "all")}
+COUNTS = ("steps", "batch", "vae_steps", "vit_steps", "checkpoint_every", "sample_every")
+BOUNDS = {"size": (8, 4096), "lr": (1e-30, 1e30), "ema": (0, 0.999999), "seed": (0, 2**62)}
+BOUNDS |= dict.fromkeys(COUNTS, (1, 2**31))
+
+
+def odd_settings(values: dict) -> list[str]:
+    """What of the settings {name: value} has another type than in `Train`, or is out of bounds."""
+    odd = []
+    for name, default in vars(TINY).items():
+        value = values.get(name)
+        expected = f"a value like {default!r}"
+        is_sound = type(value) is type(default)
+        if name in WORDS:
+            expected = " or ".join(WORDS[name])
+            is_sound = value in WORDS[name]
+        elif type(default) in (int, float):
+            low, high = BOUNDS.get(name, (0, 1e30))
+            expected = f"a number from {low} to {high}"
+            is_sound = type(value) in (int, type(default)) and low <= value <= high
+        if not (is_sound or dataclasses.is_dataclass(default)):
+            odd.append(f"--{name.replace('_', '-')} {value!r}, expected {expected}")
+    return odd
 
 
 def check_settings(s: Train, world: int) -> None:
     """Refuse, before any work, what cannot be trained. UserError says what would do."""
-    wrong = []
-    for name, value in vars(s).items():
-        if value not in CHOICES.get(name, [value]):
-            wrong.append(f"--{name} {value!r}, expected {' or '.join(CHOICES[name])}")
-        least = 1e-30 if name in POSITIVE else 0
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            wrong.append(f"--{name.replace('_', '-')} {value}, expected a finite number "
-                         f"{'above' if name in POSITIVE else 'from'} 0")
-    if s.size % 8 or not 8 <= s.size <= 4096:
-        wrong.append(f"--size {s.size}, expected a multiple of 8 from 8 to 4096")
-    if s.ema >= 1 or s.seed >= 2**62:
-        wrong.append(f"--ema {s.ema} --seed {s.seed}, expected a decay below 1, a seed below 2**62")
-    if not s.data:
-        wrong.append("no --data, expected a folder, a quoted glob of tar shards, "
-                     "hf://datasets/OWNER/NAME/GLOB or 'pipe:COMMAND {shard}'")
-    micro = max(min(s.micro_batch, s.batch // world), 1)
-    unit = world * micro
-    if s.batch % unit:
-        below = s.batch // unit * unit
-        wrong.append(f"--batch {s.batch}, which is no multiple of {world} ranks x micro-batch "
-                     f"{micro}; the nearest that are: {max(below, unit)} and {below + unit}")
+    wrong = odd_settings(vars(s))
     if wrong:
         raise UserError("found " + "; ".join(wrong))
+    if s.size % 8:
+        raise UserError(f"found --size {s.size}, expected a multiple of 8")
+    if not s.data:
+        raise UserError("found no --data, expected a folder, a quoted glob of tar shards, "
+                        "hf://datasets/OWNER/NAME/GLOB or 'pipe:COMMAND {shard}'")
+    unit = world * max(min(s.micro_batch, s.batch // world), 1)
+    if s.batch % unit:
+        raise UserError(f"found --batch {s.batch}, expected a multiple of {unit}: {world} ranks x "
+                        f"--micro-batch {unit // world}")
+
+
+def complete_settings(s: Train, world: int) -> Train:
+    """Checked, and with the micro-batch and the run folder that are left to us."""
+    check_settings(s, world)
+    share = s.batch // world
+    micro = max(m for m in range(1, min(share, 64) + 1) if share % m == 0)
+    return dataclasses.replace(s, run_dir=s.run_dir or f"runs/{s.preset}",
+                               micro_batch=min(s.micro_batch or micro, share))
 
 
 # ---- Ranks: torchrun's processes, which run the same lines -------------------------------------
@@ -420,41 +437,48 @@ def start_ranks(device: torch.device) -> tuple[int, int]:
     """Join torchrun's process group, where there is one -> (rank, number of ranks)."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    is_gpu = device.type == "cuda"
-    if is_gpu:
+    # Objects and waits travel by gloo on the CPU, gradients by NCCL where there are GPUs. The
+    # timeout is long because the others wait while rank 0 trains a stage or downloads.
+    options = {"backend": "gloo", "timeout": datetime.timedelta(hours=24)}
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # shapes repeat, so the search for kernels pays
+        options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
     if world > 1 and not dist.is_initialized():
-        # Objects and waits travel by gloo on the CPU, gradients by NCCL where there are GPUs. The
-        # timeout is long because the others wait while rank 0 trains a stage or downloads.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if is_gpu else "gloo",
-                                timeout=datetime.timedelta(hours=24),
-                                device_id=device if is_gpu else None)
+        dist.init_process_group(**options)
     return rank, world
 
 
-def start_core_ranks(batch: int) -> None:
-    """Where one process is to train on a CPU: become rank 0 of one rank a core, one thread each.
+def train_command(settings: Train) -> None:
+    """`train` as typed: on a CPU as rank 0 of one rank a core, one thread each.
 
     Small nets gain little from a second thread and lose nearly all to its waiting as soon as
     another program wants the core; ranks that exchange gradients keep three fifths beside it.
     """
-    count = max(n for n in range(1, min(data.cores(), 8) + 1) if batch % n == 0)
-    if "RANK" in os.environ or count == 1:
-        return
+    check_settings(settings, 1)
+    count = max(n for n in range(1, min(data.cores(), 8) + 1) if settings.batch % n == 0)
+    if "DINODIFF_PARENT" in os.environ:
+        data.end_with(int(os.environ["DINODIFF_PARENT"]))
+    elif "RANK" not in os.environ and pick_device(settings.device).type == "cpu" and count > 1:
+        start_core_ranks(count)
+    train(settings)
+
+
+def start_core_ranks(count: int) -> None:
+    """Start ranks 1, 2, … with this program's own command line, and become rank 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                   "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-                   "DINODIFF_PARENT": str(os.getpid())}
-    for rank in range(count - 1, -1, -1):
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        if rank:
-            process = subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.DEVNULL)
-            threading.Thread(target=end_with_rank, args=(process,), daemon=True).start()
+                   "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    for rank in range(1, count):
+        process = subprocess.Popen(
+            [sys.executable, *sys.argv], stdin=subprocess.DEVNULL,
+            env=os.environ | {"RANK": str(rank), "DINODIFF_PARENT": str(os.getpid())})
+        threading.Thread(target=end_with_rank, args=(process,), daemon=True).start()
+    os.environ["RANK"] = "0"
     torch.set_num_threads(1)
 
 
@@ -464,16 +488,6 @@ def end_with_rank(process: subprocess.Popen) -> None:
         time.sleep(5)  # mostly that is noticed, and said, where the rank is waited for
         data.note("another rank has ended; its own message says why")
         os._exit(1)
-
-
-def train_command(settings: Train) -> None:
-    """`train` as typed: on a CPU by `start_core_ranks`."""
-    check_settings(settings, 1)
-    if "DINODIFF_PARENT" in os.environ:
-        data.end_with(int(os.environ["DINODIFF_PARENT"]))
-    elif pick_device(settings.device).type == "cpu":
-        start_core_ranks(settings.batch)
-    train(settings)
 
 
 def on_rank_0(function: Callable):
@@ -544,6 +558,12 @@ class Run:
     def checkpoints(self) -> list[int]:
         return checkpoint_steps(self.folder)
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(4, h, w) of a latent."""
+        side = self.size // self.vae.config.factor
+        return self.vae.config.latent_channels, side, side
+
 
 STEP_FOLDER = "step-" + "[0-9]" * 7  # of checkpoints/, as a glob
 
@@ -568,19 +588,16 @@ def newest_run(root="runs") -> Path:
 
 
 def read_config(folder) -> dict:
-    """config.json of a run, whose values have the types of `Train`; UserError names what is odd."""
+    """config.json of a run: `Train`'s settings within their bounds, and the record `stages`."""
     path = Path(folder, "config.json")
     if not path.is_file():
         raise UserError(f"{folder} is no run folder (it has no config.json); make one with "
                         f"`python dinodiff.py train --run-dir {folder}`")
-    config = data.read_json(path)
-    for name, default in (dataclasses.asdict(TINY) | {"stages": {}}).items():
-        value = config.get(name, {} if name == "stages" else None)
-        kinds = (int, float) if type(default) is float else (type(default),)
-        is_sound = type(value) in kinds and value in CHOICES.get(name, [value])
-        if not is_sound or (name == "size" and not 8 <= value <= 4096):
-            raise UserError(f"{path}: {name} is {value!r}, expected something like {default!r}; "
-                            "the file is damaged or of another version")
+    config = {"stages": {}} | data.read_json(path)
+    odd = odd_settings(config)
+    if odd or type(config["stages"]) is not dict:
+        raise UserError(f"{path}: found {'; '.join(odd) or 'an odd record of stages'}; the file is "
+                        "damaged or of another version")
     return config
 
 
@@ -599,14 +616,13 @@ def load_run(folder, step: int | str | None = None, device="cpu") -> Run:
     device = pick_device(str(device))
     config = read_config(folder)
     steps = checkpoint_steps(folder)
-    if not steps:
-        raise UserError(f"{folder} has no checkpoint yet; let `python dinodiff.py train --run-dir "
-                        f"{folder}` reach one")
-    wanted = best_step(folder) if step == "best" else step
-    wanted = str(steps[-1] if step is None else wanted)
+    if step is None:
+        step = max(steps, default=None)
+    wanted = str(best_step(folder) if step == "best" else step)
     if not wanted.isdecimal() or int(wanted) not in steps:
-        raise UserError(f"{folder} has no checkpoint {step!r}: it has the steps {steps}, and best "
-                        "once `python evaluate.py fid --checkpoints all` has written best.json")
+        raise UserError(f"{folder} has no checkpoint {step!r}, only the steps {steps}: `python "
+                        "dinodiff.py train` makes them, `python evaluate.py fid --checkpoints all` "
+                        "names the best")
     place = checkpoint_folder(folder, int(wanted))
     average = place / "ema"
     nets = [UNet.from_pretrained(average if average.is_dir() else place / "unet"),
@@ -673,10 +689,8 @@ def generate(run: Run, c: Tensor, seeds: list[int], steps: int = 50, eta: float 
 
     Row i is a function of c[i] and seeds[i] alone. CHOICE: DDIM; the paper names no sampler.
     """
-    side = run.size // run.vae.config.factor
-    shape = (run.unet.config.in_channels, side, side)
     generators = [generator("cpu", seed, 7) for seed in seeds]  # the same noise on every device
-    zT = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    zT = torch.stack([torch.randn(run.latent_shape, generator=g) for g in generators])
     zT = zT.to(run.device, memory_format=torch.channels_last)
     c = c.to(run.device)
 
@@ -720,45 +734,33 @@ def checksums(folder: Path) -> dict[str, int]:
     return found
 
 
+def damage(folder: Path, expected) -> str:
+    """What of the files {name: CRC-32} is missing or changed in a folder; "" where nothing is."""
+    if type(expected) is not dict:
+        return f"the record of its files is {expected!r}"
+    found = checksums(folder)
+    wrong = [name for name in expected if found.get(name) != expected[name]]
+    return f"{', '.join(wrong)} missing, cut or changed" if wrong else ""
+
+
 def save_checkpoint(s: Train, run: Run, unet: UNet, optimizer) -> None:
-    """checkpoints/step-N, whole or absent: written aside, flushed to the disk, then renamed.
+    """checkpoints/step-N, whole or absent, with the checksums of its files in progress.json.
 
     Only then do older ones go: the optimizer of all but the two newest, all of what --keep drops.
     """
-    place = checkpoint_folder(run.folder, run.step)
-    partial = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    unet.save_pretrained(partial / "unet")
-    if s.ema:
-        run.unet.save_pretrained(partial / "ema")
-    data.save_tensors(partial / "optimizer.safetensors", optimizer_tensors(optimizer))
-    data.write_json(partial / "progress.json", {"step": run.step, "files": checksums(partial)})
-    shutil.rmtree(place, ignore_errors=True)
-    os.replace(partial, place)
-    data.sync(place.parent)
+    with data.whole(checkpoint_folder(run.folder, run.step)) as partial:
+        unet.save_pretrained(partial / "unet")
+        if s.ema:
+            run.unet.save_pretrained(partial / "ema")
+        data.save_tensors(partial / "optimizer.safetensors", optimizer_tensors(optimizer))
+        data.write_json(partial / "progress.json",
+                        {"step": run.step, "files": checksums(partial)})
     for age, old in enumerate(reversed(run.checkpoints)):
         place = checkpoint_folder(run.folder, old)
         if age >= 2:
             (place / "optimizer.safetensors").unlink(missing_ok=True)
         if age >= s.keep > 0 and old != best_step(run.folder):
             shutil.rmtree(place)
-
-
-def checkpoint_damage(place: Path) -> str:
-    """What is wrong with a checkpoint that training is to go on from; "" where it is whole."""
-    try:
-        return damage(place, data.read_json(place / "progress.json").get("files"))
-    except UserError as error:
-        return str(error)
-
-
-def damage(folder: Path, expected) -> str:
-    """What of the files {name: CRC-32} is missing or changed in a folder; "" where nothing is."""
-    found = checksums(folder)
-    if not isinstance(expected, dict):
-        return f"the record of its files is {expected!r}"
-    wrong = [name for name, value in expected.items() if found.get(name) != value]
-    return f"{', '.join(wrong)} missing, cut or changed" if wrong else ""
 
 
 def newest_whole_checkpoint(folder: Path) -> int:
@@ -771,16 +773,18 @@ def newest_whole_checkpoint(folder: Path) -> int:
         shutil.rmtree(leftover)
     damaged = []
     for path in sorted(place.glob(STEP_FOLDER), reverse=True)[:2]:  # older ones have no optimizer
-        problem = checkpoint_damage(path)
-        if problem:
-            print(f"{path}: {problem}; trying the one before it", file=sys.stderr)
-            damaged.append(path)
-            continue
-        for old in damaged:
-            aside = old.with_name(f"damaged-{old.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(old, aside)
-        return int(path.name[5:])
+        try:
+            problem = damage(path, data.read_json(path / "progress.json").get("files"))
+        except UserError as error:
+            problem = str(error)
+        if not problem:
+            for old in damaged:
+                aside = old.with_name(f"damaged-{old.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(old, aside)
+            return int(path.name[5:])
+        data.note(f"{path}: {problem}; trying the one before it")
+        damaged.append(path)
     if damaged:
         raise UserError(f"{folder}: no checkpoint is whole, so training cannot go on. Bring back a "
                         f"copy, or remove {place} to train the UNet anew")
@@ -790,83 +794,66 @@ def newest_whole_checkpoint(folder: Path) -> int:
 # ---- Views: the frozen encoders' work, done once -----------------------------------------------
 
 VIEW_BLOCK = 1024  # images of one file
+VIEW = ("mean", "logvar", "c")  # what a file holds of each, in float16
 
 
-class Views:
-    """What VAE and DINO say of K augmented views of each image: rows [mean, logvar, tokens].
+def view_file(run: Run, view: int, block: int) -> Path:
+    return run.folder / "views" / f"view-{view}-{block:06d}.safetensors"
 
-    float16, memory-mapped, VIEW_BLOCK images a file. View k is the image as `augment` changes it
-    at step k, so view 0 is what training online sees at step 0.
+
+def make_views(run: Run, ds, rank: int, world: int) -> None:
+    """Encode --views views of every image, all ranks together; files that are there stay.
+
+    View k is the image as `augment` changes it at step k: view 0 is what training online sees at
+    step 0.
     """
-
-    def __init__(self, run: Run, ds):
-        self.folder = run.folder / "views"
-        self.config = run.config
-        parts = encode_view(run, ds.read([0]), np.zeros(1, int), 0)  # one image, for its shapes
-        self.shapes = [part.shape[1:] for part in parts]
-        self.widths = [math.prod(shape) for shape in self.shapes]
-        self.opened = {}
-
-    def path(self, view: int, block: int) -> Path:
-        return self.folder / f"view-{view}-{block:06d}.npy"
-
-    def row(self, view: int, i: int) -> np.ndarray:
-        path = self.path(view, i // VIEW_BLOCK)
-        if path not in self.opened:
-            try:
-                self.opened[path] = np.load(wait_for(path), mmap_mode="r")
-            except (ValueError, EOFError) as error:
-                raise UserError(f"{path} is damaged ({error}); remove it, and it is made again")
-        return self.opened[path][i % VIEW_BLOCK]
-
-    def read(self, ids: np.ndarray, step: int) -> list[Tensor]:
-        """ids (b,) -> mean, logvar (b, 4, h, w), c (b, S, N) float32; a view of each by chance."""
-        chosen = data.uniforms(1, self.config["seed"], ids, step, 5)[:, 0] * self.config["views"]
-        rows = np.stack([self.row(int(view), int(i)) for view, i in zip(chosen, ids)])
-        parts = torch.from_numpy(rows).float().split(self.widths, dim=1)
-        return [part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes)]
-
-    def begin(self, ds) -> list[tuple[int, int]]:
-        """(view, block) of what is still to be encoded, after a look for the room it needs.
-
-        UserError where what is there is of other images, settings or encoders.
-        """
-        path = self.folder / "views.json"
-        nets = [checksums(self.folder.with_name(name)) for name in ("vae", "vit")]
-        recipe = {name: self.config[name] for name in ("size", "seed", "tokens", "augment")}
-        recipe |= {"images": ds.digest, "nets": digest(nets)}
-        if path.is_file() and data.read_json(path) != recipe:
-            raise UserError(f"{self.folder} holds views of other images, settings or encoders; "
-                            "remove that folder, and they are made again")
-        data.write_json(path, recipe)
-        blocks = range(-(-len(ds) // VIEW_BLOCK))
-        every = itertools.product(range(self.config["views"]), blocks)
-        todo = [key for key in every if not self.path(*key).is_file()]
-        need = len(todo) * min(VIEW_BLOCK, len(ds)) * sum(self.widths) * 2e-9
-        free = shutil.disk_usage(self.folder).free * 1e-9
-        if todo:
-            print(f"views of {len(ds):,} images: {need:.2f} GB in {self.folder}", flush=True)
-        if need > free:
-            raise UserError(f"{self.folder}: {need:.1f} GB are needed and {free:.1f} GB free; take "
-                            "fewer --views, or --views 0 to encode at every step")
-        return todo
-
-
-def make_views(run: Run, ds, rank: int, world: int) -> Views:
-    """Encode --views views of every image, all ranks together; files that are there stay."""
-    views = Views(run, ds)
-    mine = on_rank_0(lambda: views.begin(ds))[rank::world]
-    for view, block in data.progress(mine, desc="views", unit=f" x {VIEW_BLOCK} images"):
+    missing = on_rank_0(lambda: plan_views(run, ds))
+    for view, block in data.progress(missing[rank::world], "views", unit=f" x {VIEW_BLOCK} images"):
         ids = np.arange(block * VIEW_BLOCK, min((block + 1) * VIEW_BLOCK, len(ds)))
-        rows = []
-        for part in np.array_split(ids, -(-len(ids) // 64)):
-            encoded = encode_view(run, ds.read(part), part, view)
-            rows.append(torch.cat([y.flatten(1) for y in encoded], dim=1).half().cpu().numpy())
-        file = io.BytesIO()
-        np.save(file, np.concatenate(rows))
-        data.write_file(views.path(view, block), file.getvalue())
+        parts = np.array_split(ids, -(-len(ids) // 64))
+        encoded = [encode_view(run, ds.read(part), part, view) for part in parts]
+        tensors = {name: torch.cat(x).half() for name, x in zip(VIEW, zip(*encoded))}
+        data.save_tensors(view_file(run, view, block), tensors)
     on_rank_0(lambda: None)  # no rank reads before all have written
-    return views
+
+
+def plan_views(run: Run, ds) -> list[tuple[int, int]]:
+    """(view, block) of the files that are still to be made, after a look for the room they need.
+
+    UserError where what is there is of other images, settings or encoders.
+    """
+    path = run.folder / "views" / "views.json"
+    recipe = {name: run.config[name] for name in ("size", "seed", "tokens", "augment")}
+    recipe |= {"images": ds.digest, "nets": [checksums(run.folder / net) for net in ("vae", "vit")]}
+    if path.is_file() and data.read_json(path) != recipe:
+        raise UserError(f"{path.parent} holds views of other images, settings or encoders; remove "
+                        "that folder, and they are made again")
+    data.write_json(path, recipe)
+    every = itertools.product(range(run.config["views"]), range(-(-len(ds) // VIEW_BLOCK)))
+    missing = [key for key in every if not view_file(run, *key).is_file()]
+    row = sum(2 * x.numel() for x in encode_view(run, ds.read([0]), [0], 0))  # bytes of an image
+    need = len(missing) * min(VIEW_BLOCK, len(ds)) * row / 1e9
+    free = shutil.disk_usage(path.parent).free / 1e9
+    print(f"views: {need:.2f} GB to be made in {path.parent}", flush=True)
+    if need > free:
+        raise UserError(f"{path.parent}: {need:.1f} GB are needed and {free:.1f} GB free; take "
+                        "fewer --views, or --views 0 to encode at every step")
+    return missing
+
+
+def read_views(run: Run, opened: dict, ids: np.ndarray, step: int) -> list[Tensor]:
+    """ids (b,) -> mean, logvar (b, 4, h, w), c (b, S, N) float32; a view of each by chance.
+
+    opened: a dict that keeps the files' memory maps from call to call.
+    """
+    chosen = data.uniforms(1, run.config["seed"], ids, step, 5)[:, 0] * run.config["views"]
+    rows = []
+    for view, i in zip(chosen.astype(int), ids):
+        path = view_file(run, view, i // VIEW_BLOCK)
+        if path not in opened:
+            opened[path], _ = data.load_tensors(wait_for(path))
+        rows.append([opened[path][name][i % VIEW_BLOCK] for name in VIEW])
+    return [torch.stack(parts).float() for parts in zip(*rows)]
 
 
 @torch.no_grad()
@@ -893,28 +880,30 @@ def encode_view(run: Run, pictures: Tensor, ids, draw: int) -> list[Tensor]:
 MAY_CHANGE = ("run_dir", "steps", "micro_batch", "lr", "warmup", "clip", "checkpoint_every", "keep",
               "sample_every", "device", "compile", "workers", "cache_gb", "offline",
               "gradient_checkpointing")
-
-
 NETS = {"vae": VAE, "vit": ViT, "init": UNet}  # folder of a run -> what it holds
 
 
+def absolute(value):
+    """A text as a path: ./x is x."""
+    return os.path.abspath(value) if isinstance(value, str) else value
+
+
 def begin_run(s: Train) -> dict:
-    """Write config.json -> checksums of finished stages; UserError where it is another run."""
-    path = Path(s.run_dir, "config.json")
-    mine = json.loads(json.dumps(dataclasses.asdict(s)))
-    theirs = read_config(s.run_dir) if path.is_file() else mine
-    places = ("data", "vae", "vit", "init")  # ./x is x
-    changed = [name for name in mine if theirs[name] != mine[name] and (
-        name not in places or os.path.abspath(theirs[name]) != os.path.abspath(mine[name]))]
-    lines = [f"\n  {name}: the run has {theirs[name]!r}, now {mine[name]!r}" for name in changed]
+    """-> config.json as it is to be, with its record `stages`; UserError for another run's folder.
+    """
+    new = json.loads(json.dumps(dataclasses.asdict(s)))
+    if not Path(s.run_dir, "config.json").is_file():
+        return new | {"stages": {}}
+    old = read_config(s.run_dir)
+    changed = [name for name in new if absolute(old.get(name)) != absolute(new[name])]
+    told = "".join(f"\n  {name}: the run has {old.get(name)!r}, now {new[name]!r}"
+                   for name in changed)
     if set(changed) - set(MAY_CHANGE):
-        raise UserError(f"{s.run_dir} holds a run with other settings:{''.join(lines)}\nTrain "
-                        "under another --run-dir, or give it what it began with.")
-    if lines:
-        print(f"going on with other settings:{''.join(lines)}", flush=True)
-    stages = theirs.get("stages", {})
-    data.write_json(path, mine | {"stages": stages})
-    return stages
+        raise UserError(f"{s.run_dir} holds a run with other settings:{told}\nTrain under another "
+                        "--run-dir, or give it what it began with.")
+    if changed:
+        print(f"going on with other settings:{told}", flush=True)
+    return old | new
 
 
 def finish_stages(s: Train, ds, device: torch.device) -> None:
@@ -925,36 +914,33 @@ def finish_stages(s: Train, ds, device: torch.device) -> None:
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(data.cores())
-    stages = begin_run(s)
+    config = begin_run(s)
+    data.write_json(Path(s.run_dir, "config.json"), config)
     for name in ("vae", "vit", "init") if s.init else ("vae", "vit"):
         place = Path(s.run_dir, name)
-        if name not in stages:
+        if name not in config["stages"]:
             if not place.is_dir():
                 make_net(name, s, ds, device).save_pretrained(place)
             NETS[name].from_pretrained(place)  # a copy that does not open is not recorded
-            stages[name] = checksums(place)
-            data.write_json(place.with_name("config.json"),
-                            dataclasses.asdict(s) | {"stages": stages})
-        elif damage(place, stages[name]):
+            config["stages"][name] = checksums(place)
+            data.write_json(Path(s.run_dir, "config.json"), config)
+        elif damage(place, config["stages"][name]):
             raise UserError(f"{place} is not what this run was trained with: "
-                            f"{damage(place, stages[name])}. Bring back a copy, or train under "
-                            "another --run-dir")
+                            f"{damage(place, config['stages'][name])}. Bring back a copy, or train "
+                            "under another --run-dir")
     torch.set_num_threads(threads)
 
 
 def make_net(name: str, s: Train, ds, device: torch.device) -> nn.Module:
     """A net from its source, or, for the small presets, from a training of minutes."""
     source = getattr(s, name)
-    source = f"{SD15}:unet" if source == "sd15" else source
     if source:
-        return NETS[name].from_pretrained(source)
-    log = Log(s.run_dir, name)
+        return NETS[name].from_pretrained(f"{SD15}:unet" if source == "sd15" else source)
     if name == "vae":
-        config = dataclasses.replace(s.vae_config, sample_size=s.size)
         recipe = dataclasses.replace(s.vae_settings, steps=s.vae_steps, seed=s.seed)
-        return train_vae(config, recipe, ds, device, log.write)
+        return train_vae(s.vae_config, recipe, ds, device, Log(s, "vae", s.vae_steps).write)
     recipe = dataclasses.replace(s.dino_settings, steps=s.vit_steps, seed=s.seed)
-    return train_dino(s.vit_config, recipe, ds, device, log.write)
+    return train_dino(s.vit_config, recipe, ds, device, Log(s, "vit", s.vit_steps).write)
 
 
 def from_scratch(config: UNetConfig) -> UNet:
@@ -972,12 +958,11 @@ def open_unet(s: Train, run: Run) -> tuple[UNet, torch.optim.Optimizer]:
     Sets run.step to the checkpoint's, and run.unet to the average of weights, where there is one.
     """
     run.step = on_rank_0(lambda: newest_whole_checkpoint(run.folder))
-    place = checkpoint_folder(run.folder, run.step)
-    wait_for(place if run.step else run.folder)
+    place = wait_for(checkpoint_folder(run.folder, run.step)) if run.step else None
     width = run.vit.config.hidden_size
     torch.manual_seed(s.seed)
-    if run.step or s.init:
-        unet = UNet.from_pretrained(place / "unet" if run.step else run.folder / "init")
+    if place or s.init:
+        unet = UNet.from_pretrained(place / "unet" if place else run.folder / "init")
     else:
         unet = from_scratch(dataclasses.replace(s.unet_config, cross_attention_dim=width))
     if unet.config.cross_attention_dim != width:
@@ -987,12 +972,15 @@ def open_unet(s: Train, run: Run) -> tuple[UNet, torch.optim.Optimizer]:
     unet.gradient_checkpointing = s.gradient_checkpointing
     run.unet = unet
     if s.ema:
-        average = UNet.from_pretrained(place / "ema") if run.step else copy.deepcopy(unet)
+        average = UNet.from_pretrained(place / "ema") if place else copy.deepcopy(unet)
         run.unet = freeze(average, run.device)
     optimizer = make_optimizer(s, unet)
-    if run.step:
+    if place:
         restore_optimizer(optimizer, data.load_tensors(place / "optimizer.safetensors")[0])
     compile_nets(s, unet, run.vae)
+    if run.device.type == "cuda":
+        c = condition(run.vit, torch.zeros(1, 3, 8, 8, device=run.device), s.tokens)
+        on_rank_0(lambda: print(memory_plan(s, unet.config, c.shape[1]), flush=True))
     return unet, optimizer
 
 
@@ -1011,102 +999,79 @@ def compile_nets(s: Train, unet: UNet, vae: VAE) -> None:
         vae.encoder.compile()
 
 
-def memory_plan(s: Train, config: UNetConfig, micro: int, tokens: int) -> str:
+def memory_plan(s: Train, config: UNetConfig, tokens: int) -> str:
     """GB of a training step of the UNet, in all and by part, counted without computing."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    kept = {}  # storages that the forward pass keeps for the backward pass -> GB
+    kept = {}  # storages that the forward pass keeps for the backward pass -> bytes
 
     def note(x: Tensor) -> Tensor:
         if not isinstance(x, nn.Parameter):
-            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes() * 1e-9
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
     side = s.size // s.vae_config.factor
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
-    with FakeTensorMode(), autocast(torch.device("cpu"), s.dtype), hooks:
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(note, note):
         unet = UNet(config)
-        for norm in unet.modules():  # autocast on CUDA computes norms in float32, on a CPU not
-            if isinstance(norm, (nn.GroupNorm, nn.LayerNorm)):
-                norm.register_forward_pre_hook(lambda _, inputs: inputs[0].float())
         unet.gradient_checkpointing = s.gradient_checkpointing
-        out = unet(torch.zeros(micro, 4, side, side), torch.zeros(micro).long(),
-                   torch.zeros(micro, tokens, config.cross_attention_dim))
+        out = unet(torch.zeros(s.micro_batch, 4, side, side), torch.zeros(s.micro_batch).long(),
+                   torch.zeros(s.micro_batch, tokens, config.cross_attention_dim))
         weights = sum(p.numel() for p in unet.parameters()) * 4e-9
-        # The compiler recomputes what is cheap: 47 of 73 GB at full size, also counted.
-        share = 0.65 if s.compile and not s.gradient_checkpointing else 1.0
-        parts = {"weights and gradients": 2 * weights, "average": weights * (s.ema > 0),
-                 "optimizer": weights * (0.51 if s.optimizer == "adam8bit" else 2),
-                 "activations": share * sum(kept.values())}
         del out  # its graph held the storages apart until here
+    # At full size autocast keeps 73 of 108 GB (norms stay float32), and the compiler, which
+    # recomputes what is cheap, 47 of these.
+    share = 0.68 if s.dtype == "bf16" else 1.0
+    if s.compile and not s.gradient_checkpointing:
+        share *= 0.65
+    parts = {"weights": weights, "gradients": weights, "average": weights * (s.ema > 0),
+             "optimizer": weights * (0.51 if s.optimizer == "adam8bit" else 2),
+             "activations": share * sum(kept.values()) * 1e-9}
     listed = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
-    return (f"a step of {micro} images a pass takes about {sum(parts.values()):.1f} GB ({listed}); "
-            "a smaller --micro-batch or --gradient-checkpointing takes less")
+    return (f"a step of {s.micro_batch} images a pass takes about {sum(parts.values()):.1f} GB "
+            f"({listed}); a smaller --micro-batch or --gradient-checkpointing takes less")
 
 
 # ---- Training (paper 2.5) ----------------------------------------------------------------------
 
 
 class Log:
-    """log.jsonl, one line for each step. Lines of `stage` later than `step` are removed: those
-    steps run again."""
+    """log.jsonl: a line a step of the stages vae, vit and unet, by rank 0. Lines of this stage
+    later than step `start` are removed: those steps run again."""
 
-    def __init__(self, folder, stage: str, step: int = 0):
-        path = Path(folder, "log.jsonl")
-        kept = []
-        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-            try:
-                row = json.loads(line)
-                if row["stage"] != stage or row["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, TypeError, KeyError, RecursionError):
-                print(f"{path}: dropped a line that is no record: {line[:60]!r}", file=sys.stderr)
-        data.write_file(path, "".join(kept))
+    def __init__(self, s: Train, stage: str, steps: int, start: int = 0):
+        self.patience = min(10, steps)
+        self.skipped = 0  # steps in a row
+        path = os.devnull
+        if os.environ.get("RANK", "0") == "0":
+            path = Path(s.run_dir, "log.jsonl")
+            data.write_file(path, "".join(kept_lines(path, stage, start)))
         self.file = open(path, "a", buffering=1)
 
     def write(self, row: dict) -> None:
+        """A step's numbers. `skipped` names images of a step whose loss or gradient was not finite;
+        after ten such steps in a row: UserError."""
+        self.skipped = self.skipped + 1 if "skipped" in row else 0
+        if self.skipped:
+            row |= {"loss": str(row["loss"]), "grad_norm": str(row["grad_norm"])}
         self.file.write(json.dumps(row) + "\n")
+        if self.skipped == self.patience:
+            raise UserError(
+                f"{self.skipped} steps in a row, up to step {row['step']} of stage {row['stage']}, "
+                f"had a loss or gradient that is not finite (now {row['loss']} and "
+                f"{row['grad_norm']}); images of the last: {', '.join(row['skipped'])}. Give the "
+                "same command with a lower --lr: it goes on from the last checkpoint, which is "
+                "whole (the lr of vae and vit: `vae_settings`, `dino_settings`)")
 
 
-class Journal:
-    """What the loop tells: log.jsonl, the bar, skipped steps, checkpoints that are due."""
-
-    def __init__(self, s: Train, start: int, rank: int):
-        self.s = s
-        self.log = Log(s.run_dir, "unet", start) if rank == 0 else None
-        self.bar = data.progress(desc="UNet", total=s.steps, initial=start, unit="step")
-        self.clock = time.perf_counter()
-        self.skipped = 0  # steps in a row
-        self.is_due = False  # a checkpoint waits for a step with finite numbers
-
-    def record(self, step: int, loss: float, norm: float, names: list[str]) -> bool:
-        """Log a step -> are its numbers finite? UserError after ten in a row that are not."""
-        rate = self.s.batch / (time.perf_counter() - self.clock)
-        row = {"stage": "unet", "step": step, "loss": loss, "lr": learning_rate(self.s, step),
-               "grad_norm": norm, "images_per_s": round(rate, 2)}
-        is_finite = math.isfinite(loss + norm)
-        if not is_finite:
-            row |= {"loss": str(loss), "grad_norm": str(norm), "skipped": True}
-        if self.log:
-            self.log.write(row)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s", refresh=False)
-        self.bar.update()
-        self.skipped = 0 if is_finite else self.skipped + 1
-        if self.skipped == 10:
-            raise UserError(f"ten steps in a row, up to step {step}, had a loss or gradient that "
-                            f"is not finite (now {loss} and {norm}); images of the last: "
-                            f"{', '.join(names[:8])}. Give the same command with a lower --lr (now "
-                            f"{self.s.lr:g}): it goes on from the last checkpoint, which is whole")
-        return is_finite
-
-    def wants_checkpoint(self, step: int, is_last: bool) -> bool:
-        """One is due every `checkpoint_every` steps and at the end. It waits while steps are
-        skipped; at the end it is written after one skipped step, but not after several."""
-        self.is_due |= is_last or step % self.s.checkpoint_every == 0
-        allowed = 1 if is_last else 0
-        if not self.is_due or self.skipped > allowed:
-            return False
-        self.is_due = False
-        return True
+def kept_lines(path: Path, stage: str, start: int) -> list[str]:
+    kept = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            if row["stage"] != stage or row["step"] <= start:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError, RecursionError):
+            data.note(f"{path}: dropped a line that is no record: {line[:60]!r}")
+    return kept
 
 
 def learning_rate(s: Train, step: int) -> float:
@@ -1114,15 +1079,15 @@ def learning_rate(s: Train, step: int) -> float:
     return s.lr * min(1.0, step / max(s.warmup, 1))
 
 
-def draw_step(s: Train, step: int, shape: tuple, device) -> tuple[Tensor, Tensor, Tensor]:
+def draw_step(s: Train, step: int, latent: tuple, device) -> tuple[Tensor, Tensor, Tensor]:
     """t (batch,), eps and the posterior's noise (batch, 4, h, w) of one global batch.
 
     A function of (seed, step) alone: every rank draws the same and takes its rows.
     """
     g = generator(device, s.seed, step, 0)
-    t = torch.randint(0, 1000, shape[:1], generator=g, device=device)
-    eps = torch.randn(shape, generator=g, device=device)
-    noise = torch.randn(shape, generator=g, device=device)
+    t = torch.randint(0, 1000, (s.batch,), generator=g, device=device)
+    eps = torch.randn(s.batch, *latent, generator=g, device=device)
+    noise = torch.randn(s.batch, *latent, generator=g, device=device)
     return t, eps, noise
 
 
@@ -1147,43 +1112,34 @@ def open_frozen(s: Train, device: torch.device, rank: int) -> tuple[Run, data.XR
     on_rank_0(lambda: finish_stages(s, ds, device))
     vae = freeze(VAE.from_pretrained(wait_for(folder / "vae")), device)
     vit = freeze(ViT.from_pretrained(wait_for(folder / "vit")), device)
-    config = dataclasses.asdict(s)
-    return Run(folder, config, s.size, 0, None, vae, vit, Schedule(), device), ds
+    return Run(folder, vars(s), s.size, 0, None, vae, vit, Schedule(), device), ds
 
 
 def train(settings: Train) -> None:
     """Stages 1 and 2 where the run has no VAE and no DINO; then the UNet, from its checkpoint."""
     device = pick_device(settings.device)
     rank, world = start_ranks(device)
-    check_settings(settings, world)
-    share = settings.batch // world
-    micro = max(m for m in range(1, min(share, 64) + 1) if share % m == 0)
-    s = dataclasses.replace(settings, run_dir=settings.run_dir or f"runs/{settings.preset}",
-                            micro_batch=min(settings.micro_batch or micro, share))
+    s = complete_settings(settings, world)
+    share = s.batch // world  # images of this rank in a step
     run, ds = open_frozen(s, device, rank)
-    views = make_views(run, ds, rank, world) if s.views else None
+    if s.views:
+        make_views(run, ds, rank, world)
     unet, optimizer = open_unet(s, run)  # sets run.step, and run.unet to the average
     model = DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
-    if device.type == "cuda" and rank == 0:
-        tokens = condition(run.vit, torch.zeros(1, 3, 8, 8, device=device), s.tokens).shape[1]
-        print(memory_plan(s, unet.config, s.micro_batch, tokens), flush=True)
     batches = data.batches(ds, s.batch, run.step, s.seed, rank, world, s.micro_batch, s.workers,
-                           read=views.read if views else None)
-    side = s.size // run.vae.config.factor
-    shape = (s.batch, unet.config.in_channels, side, side)
-    journal = Journal(s, run.step, rank)
+                           read=functools.partial(read_views, run, {}) if s.views else None)
+    log = Log(s, "unet", s.steps, run.step)
     signals = watch_signals()
-    if rank == 0 and run.step and wants_grid(s, run.step) and not grid_path(run).is_file():
-        save_grid(run, ds)  # the last process ended between the checkpoint and its grid
-
-    for step in range(run.step, s.steps):
-        t, eps, noise = draw_step(s, step, shape, device)  # [DDPM algorithm 1, lines 3 and 4]
-        optimizer.param_groups[0]["lr"] = learning_rate(s, step + 1)
+    bar = data.progress(range(run.step, s.steps), "UNet", s.steps, "step", run.step)
+    for step in bar:
+        clock = time.perf_counter()
+        t, eps, noise = draw_step(s, step, run.latent_shape, device)  # [DDPM algorithm 1]
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(s, step + 1)
         loss_sum = torch.zeros((), device=device)
         for first in range(rank * share, (rank + 1) * share, s.micro_batch):
             rows = slice(first, first + s.micro_batch)
             _, ids, item = next(batches)
-            if views:
+            if s.views:
                 mean, logvar, c = [part.to(device, non_blocking=True) for part in item]
             else:
                 mean, logvar, c = encode_view(run, item, ids, step)
@@ -1200,61 +1156,69 @@ def train(settings: Train) -> None:
 
         norm = nn.utils.clip_grad_norm_(unet.parameters(), s.clip or math.inf)
         loss_mean, norm, stops = share_step(loss_sum, norm, bool(signals))
+        rate = round(s.batch / (time.perf_counter() - clock), 2)
         run.step = step + 1
-        is_finite = journal.record(run.step, loss_mean, norm, [ds.keys[i] for i in ids.tolist()])
-        if is_finite:  # else the weights stay as they are
+        row = {"stage": "unet", "step": run.step, "loss": loss_mean, "lr": lr, "grad_norm": norm,
+               "images_per_s": rate}
+        if math.isfinite(loss_mean + norm):
             optimizer.step()
             if s.ema:
                 update_average(run.unet, unet, s.ema, run.step)
+        else:  # the weights stay as they are
+            row["skipped"] = [ds.keys[i] for i in ids[:8].tolist()]
         optimizer.zero_grad(set_to_none=world == 1)  # kept, they stay views of DDP's buckets
-        is_end = stops or run.step == s.steps
-        if journal.wants_checkpoint(run.step, is_end) and rank == 0:
-            save_checkpoint(s, run, unet, optimizer)
-        if rank == 0 and not stops and wants_grid(s, run.step):
-            save_grid(run, ds)
-        journal.clock = time.perf_counter()  # checkpoints and pictures are not the step's time
-        if is_end:
+        log.write(row)
+        bar.set_postfix_str(f"loss {loss_mean:.4f}, {rate} images/s", refresh=False)
+        if rank == 0:
+            save_step(s, run, ds, unet, optimizer, log.skipped, stops)
+        if stops:
             break
-    finish(s, journal, world)
+    bar.close()
+    finish(s, run, rank, world)
 
 
-def finish(s: Train, journal: Journal, world: int) -> None:
+def save_step(s: Train, run: Run, ds, unet: UNet, optimizer, skipped: int, stops: bool) -> None:
+    """The grid and the checkpoint that are due; the last one, too, when training is to stop.
+
+    The grid comes first, so that no kill can come between them, but never delays a stop.
+    """
+    is_end = run.step == s.steps
+    if not stops and (is_end or run.step % s.sample_every == 0):
+        save_grid(run, ds)
+    is_end = is_end or stops
+    # Weights that give no finite numbers are not saved, but for one bad step at the end.
+    if (is_end or run.step % s.checkpoint_every == 0) and skipped <= is_end:
+        save_checkpoint(s, run, unet, optimizer)
+
+
+def finish(s: Train, run: Run, rank: int, world: int) -> None:
     """Say where the run stands and what comes next; leave the process group."""
-    journal.bar.close()
-    if journal.log:
+    if rank == 0:
         HELD.pop().close()
-        step = max(checkpoint_steps(s.run_dir), default=0)
-        print(f"{s.run_dir} stands at step {step} of {s.steps}; the same command goes on from it. "
-              f"Grids: {s.run_dir}/samples, log: {s.run_dir}/log.jsonl"
-              f"\nnext: python dinodiff.py sample --run-dir {s.run_dir} --images …   or   python "
-              f"evaluate.py --run-dir {s.run_dir}")
+        step = max(run.checkpoints, default=0)
+        print(f"{run.folder} stands at step {step} of {s.steps}; the same command goes on from it. "
+              f"Grids: {run.folder}/samples, log: {run.folder}/log.jsonl"
+              f"\nnext: python dinodiff.py sample --run-dir {run.folder} --images …   or   python "
+              f"evaluate.py --run-dir {run.folder}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def wants_grid(s: Train, step: int) -> bool:
-    return step == s.steps or step % s.sample_every == 0
-
-
-def grid_path(run: Run) -> Path:
-    return run.folder / "samples" / f"step-{run.step:07d}.png"
-
-
-def save_grid(run: Run, ds, count: int = 6) -> None:
+def save_grid(run: Run, ds) -> None:
     """samples/step-N.png. A row: a real X-ray A, its VAE round trip, and with one noise what
     becomes of its reconstruction as the condition goes to that of the next row's image B."""
-    real = ds.read(np.linspace(0, len(ds) - 1, min(count, len(ds))).astype(int))
+    real = ds.read(np.linspace(0, len(ds) - 1, min(6, len(ds))).astype(int))
     c = encode_tokens(run, real)
     columns = {"real A": real, "VAE of A": decode_latents(run, encode_latents(run, real))}
     for r in (0.0, 0.25, 0.5, 0.75, 1.0):
         towards = torch.lerp(c, c.roll(-1, 0), r)
         columns[f"r = {r:g}"] = generate(run, towards, list(range(len(c))), steps=25)
     columns["real B"] = real.roll(-1, 0)
-    cells = torch.stack(list(columns.values()), dim=1).flatten(0, 1).numpy()
+    cells = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
     sheet = data.grid(cells, len(columns), [*columns] * len(real),
                       title=f"step {run.step:,}: one noise from r = 0 (A) to r = 1 (B)")
-    data.save_png(grid_path(run), sheet)
+    data.save_png(run.folder / "samples" / f"step-{run.step:07d}.png", sheet)
 
 
 # ---- Sampling from a run (paper 2.3) -----------------------------------------------------------
@@ -1284,11 +1248,11 @@ class SampleSettings:
 
 @dataclass
 class Job:
-    """One image to make: its name, its row in the grid, condition (S, N) and seed."""
+    """One image to make, and the one or two real ones that it comes from."""
 
     name: str
-    row: int
-    c: Tensor
+    sources: Tensor  # uint8 (1 or 2, size, size)
+    c: Tensor  # (S, N)
     seed: int
 
 
@@ -1298,20 +1262,23 @@ def plan_samples(s: SampleSettings, real: dict[str, Tensor], tokens: Tensor, vit
     A seed comes from the sources' pixels: a sample is the same whatever else is made.
     """
     jobs = []
-    sources = list(real.items())
+    names = list(real)
+    images = torch.stack(list(real.values()))
     ends = 1 if s.mode == "reconstruct" else 2
-    for i, v in itertools.product(range(len(sources) - ends + 1), range(s.variants)):
-        stem = "_".join(name for name, _ in sources[i:i + ends]) + f"_v{v}"
-        pixels = [zlib.crc32(image.numpy()) for _, image in sources[i:i + ends]]
-        seed = int(data.hash64(s.seed, v, *pixels) >> np.uint64(2))
-        seed = seed if s.exact_seed < 0 else s.exact_seed
-        if s.mode == "interpolate":
-            for r in s.ratios:  # ĉ = lerp(c_s, c_t, r)
-                c = torch.lerp(tokens[i], tokens[i + 1], r)
-                jobs.append(Job(f"{stem}_r{r:g}", i * s.variants + v, c, seed))
-        else:
-            c = tokens[i] if ends == 1 else mix_tokens(tokens[i], tokens[i + 1], vit.config)
-            jobs.append(Job(stem, i, c, seed))
+    for i, v in itertools.product(range(len(names) - ends + 1), range(s.variants)):
+        sources = images[i:i + ends]
+        name = "_".join(names[i:i + ends]) + f"_v{v}"
+        seed = s.exact_seed
+        if seed < 0:
+            pixels = [zlib.crc32(image.numpy()) for image in sources]
+            seed = int(data.hash64(s.seed, v, *pixels) >> np.uint64(2))
+        if s.mode == "reconstruct":
+            conditions = {name: tokens[i]}
+        elif s.mode == "mix":
+            conditions = {name: mix_tokens(tokens[i], tokens[i + 1], vit.config)}
+        else:  # ĉ = lerp(c_s, c_t, r)
+            conditions = {f"{name}_r{r:g}": torch.lerp(*tokens[i:i + 2], r) for r in s.ratios}
+        jobs += [Job(name, sources, c, seed) for name, c in conditions.items()]
     return jobs
 
 
@@ -1339,22 +1306,19 @@ def sample(settings: SampleSettings) -> None:
     for k in data.progress(range(0, len(jobs), s.batch), desc="sample", unit="batch"):
         part = jobs[k:k + s.batch]  # filled across conditions
         c = torch.stack([job.c for job in part])
-        pictures.extend(generate(run, c, [job.seed for job in part], s.steps, s.eta).numpy())
+        pictures.extend(generate(run, c, [job.seed for job in part], s.steps, s.eta))
     rate = len(jobs) / (time.perf_counter() - clock)
+    for job, picture in zip(jobs, pictures):
+        data.save_png(Path(s.out, f"{job.name}.png"), picture.numpy())
     cells = []
     captions = []
-    for row, group in itertools.groupby(zip(jobs, pictures), key=lambda made: made[0].row):
-        source = row // s.variants if s.mode == "interpolate" else row
-        cells.append(images[source].numpy())
-        captions.append("real")
-        for job, picture in group:
-            data.save_png(Path(s.out, f"{job.name}.png"), picture)
-            cells.append(picture)
-            captions.append(job.name.rpartition("_")[2])
-        if s.mode != "reconstruct":
-            cells.append(images[source + 1].numpy())
-            captions.append("real")
-    sheet = data.grid(cells, len(cells) // (row + 1), captions,
+    width = len(s.ratios) if s.mode == "interpolate" else s.variants
+    for k in range(0, len(jobs), width):  # a row: the real image, those made from it, the second
+        row = jobs[k:k + width]
+        first, *second = row[0].sources
+        cells += [first, *pictures[k:k + width], *second]
+        captions += ["real", *[job.name.split("_")[-1] for job in row], *["real"] * len(second)]
+    sheet = data.grid(cells, len(cells) * width // len(jobs), captions,
                       title=f"{run.folder.name}, step {run.step:,}: {s.mode}")
     data.save_png(Path(s.out, f"{s.mode}.png"), sheet)
     print(f"{len(jobs)} images ({rate:.2f} images/s, {s.steps} steps, {run.device}) and the grid "
@@ -1387,44 +1351,38 @@ class Bench:
     gradient_checkpointing: bool = False  # less memory, a third more time
 
 
-def fastest(part: Callable, device: torch.device) -> float:
+def seconds_of(part: Callable) -> float:
     """Seconds of the fastest of five calls, after one that warms up; sharing only adds time."""
-    times = []
-    for _ in range(6):
-        clock = time.perf_counter()
-        part()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - clock)
-    return min(times[1:])
+    timer = Timer("part()", globals={"part": part}, num_threads=torch.get_num_threads())
+    return min(timer.timeit(1).median for _ in range(5))
 
 
-def bench_parts(s: Train, B: int, device: torch.device) -> tuple[list, dict[str, Callable]]:
-    """UNet, VAE, DINO with random weights, and {title: what runs one part of the work}."""
-    public = {PAPER.vit: ViTConfig(), PAPER_V2.vit: ViTConfig(
-        "timm", 518, 14, registers=4, layer_scale=True, cls_position=False)}
+def bench_parts(s: Train, device: torch.device) -> tuple[UNet, dict[str, Callable]]:
+    """A UNet with random weights, and {title: what runs one part of the work}."""
+    B = s.micro_batch
     with device:
-        vit = freeze(ViT(public.get(s.vit, s.vit_config)), device)
+        unet = UNet(s.unet_config).to(memory_format=torch.channels_last)
+        unet.gradient_checkpointing = s.gradient_checkpointing
         vae = freeze(VAE(s.vae_config), device)
-        width = vit.config.hidden_size
-        unet = UNet(dataclasses.replace(s.unet_config, cross_attention_dim=width))
-        unet.to(memory_format=torch.channels_last).gradient_checkpointing = s.gradient_checkpointing
+        vit = freeze(ViT(s.vit_config), device)
         side = s.size // vae.config.factor
         x = torch.rand(B, 3, s.size, s.size) * 2 - 1
         zt = torch.randn(B, 4, side, side)
-        inputs = (zt, torch.zeros(B).long(), torch.randn(B, vit.config.global_count, width))
-    return [unet, vae, vit], {
-        "UNet forward": torch.no_grad()(lambda: unet(*inputs)),
-        "UNet forward and backward": lambda: unet(*inputs).float().square().mean().backward(),
+        c = torch.randn(B, vit.config.global_count, vit.config.hidden_size)
+        t = torch.zeros(B, dtype=torch.long)
+    compile_nets(s, unet, vae)
+    return unet, {
+        "UNet forward": torch.no_grad()(lambda: unet(zt, t, c)),
+        "UNet forward and backward": lambda: unet(zt, t, c).float().square().mean().backward(),
         "VAE encode": lambda: vae.encode(x), "VAE decode": lambda: vae.decode(zt),
         "DINO tokens": lambda: condition(vit, x)}
 
 
 def count_flops(s: Train) -> dict[str, int]:
     """Floating-point operations of each part for one image, counted on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
     flops = {}
-    for title, part in bench_parts(s, 1, torch.device("meta"))[1].items():
+    _, parts = bench_parts(dataclasses.replace(s, micro_batch=1), torch.device("meta"))
+    for title, part in parts.items():
         with FlopCounterMode(display=False) as counter:
             part()
         flops[title] = counter.get_total_flops()
@@ -1434,26 +1392,22 @@ def count_flops(s: Train) -> dict[str, int]:
 def bench(settings: Bench) -> None:
     """FLOPs (counted), time, share of the machine's peak and memory of each part of the work."""
     device = pick_device(settings.device)
-    B = settings.micro_batch
-    s = dataclasses.replace(find_preset(settings.preset), dtype=settings.dtype, micro_batch=B,
-                            batch=B, data="none", compile=settings.compile,
-                            gradient_checkpointing=settings.gradient_checkpointing)
+    changes = vars(settings) | {"batch": settings.micro_batch, "data": "none"}
+    s = dataclasses.replace(find_preset(settings.preset), **changes)
     check_settings(s, 1)
     flops = count_flops(s)
-    (unet, vae, vit), parts = bench_parts(s, B, device)
-    print(memory_plan(s, unet.config, B, vit.config.global_count), flush=True)
-    compile_nets(s, unet, vae)
-    optimizer = make_optimizer(s, unet)
-    parts[f"{type(optimizer).__name__} step"] = optimizer.step
+    print(memory_plan(s, s.unet_config, s.vit_config.global_count), flush=True)
+    unet, parts = bench_parts(s, device)
+    parts[f"{s.optimizer} step"] = make_optimizer(s, unet).step
     n = 8192 if device.type == "cuda" else 1024
     square = torch.randn(n, n, device=device)
     with autocast(device, s.dtype):
-        peak = 2 * n**3 / fastest(lambda: square @ square, device)
-        seconds = {title: fastest(part, device) for title, part in parts.items()}
+        peak = 2 * n**3 / seconds_of(lambda: square @ square)
+        seconds = {title: seconds_of(part) for title, part in parts.items()}
     print(f"{s.preset}, {s.dtype}, {device}, peak of a matrix product {peak / 1e12:.2f} TFLOP/s\n"
           f"  {'':<27}{'GFLOP/image':>12}{'ms/pass':>10}{'images/s':>10}{'% of peak':>11}")
     for title, time_of in seconds.items():
-        rate = B / time_of
+        rate = s.micro_batch / time_of
         work = flops.get(title, 0)
         print(f"  {title:<27}{work / 1e9:>12.2f}{1e3 * time_of:>10.1f}{rate:>10.1f}"
               f"{100 * work * rate / peak:>11.1f}")

@@ -6,7 +6,6 @@
     python evaluate.py segment --data lungs/    Table 2, Figures 5 and 9-12
     python evaluate.py audit                    copies, obedience, Figure 8
     python evaluate.py report --run-dir runs/v1 runs/v2    tables and figures of several runs
-    python evaluate.py convert model.pt --out xrv/         a pickled DenseNet -> safetensors
     torchrun --nproc_per_node=4 evaluate.py fid …          the same numbers on any number of ranks
 
 FID by the paper's protocol, `xrv-224`, takes torchxrayvision's densenet121-res224-all (hub, or
@@ -29,10 +28,8 @@ import sys
 import tarfile
 import warnings
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +40,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 import data
 import diffseg
@@ -106,7 +103,6 @@ class Classify(Labelled):
     weight_decay: float = 1e-5  # of AdamW
     patience: int = 10  # epochs without a better validation AUC until lr / 10
     early_stop: int = 25  # epochs without a better validation AUC until the end
-    equal_steps: bool = False  # as many steps in each cell of a column, and no early stop
     size: int = 224  # pixels of the input. CHOICE: torchxrayvision's; the paper names none
     workers: int = 0  # trainings at once on this rank; 0: one per core on a CPU, one on a GPU
     net: tuple = field(default=(32, (6, 12, 24, 16), 64), metadata={"flag": False})  # DenseNet-121
@@ -156,7 +152,7 @@ def defaults_for(kind, argv):
         is_tiny = data.read_json(folder / "config.json").get("preset") == "tiny"
     except (UserError, OSError):
         pass
-    return TINY.get(kind, kind()) if is_tiny else kind()
+    return TINY[kind] if is_tiny else kind()
 
 
 # ---- Common: ranks, cached results, the run and its images, leaks, tables ----------------------
@@ -183,29 +179,22 @@ def on_all_ranks(rows, batch, compute, desc=""):
     bar = data.progress(parts[rank::world], desc, unit=" batches")
     mine = [np.asarray(compute(part)) for part in bar]
     shares = [mine] * world
-    try:
-        if world > 1:
-            dist.all_gather_object(shares, mine)
-    except RuntimeError:
-        raise UserError("another rank has ended; its message says why") from None
+    if world > 1:
+        dist.all_gather_object(shares, mine)
     found = [shares[k % world][k // world] for k in range(len(parts))]
     return np.concatenate(found) if found else np.empty(0)
 
 
-def cached(folder, name, key, compute, is_alone=False):
+def cached(folder, name, key, compute):
     """What compute() returns (JSON), kept in FOLDER/cache under the digest of all it depends on.
 
-    All ranks call it, and compute, together; is_alone: this process by itself.
+    All ranks call it, and compute, together.
     """
     path = Path(folder, "cache", f"{name}-{key}.json")
-
-    def look():
-        return data.read_json(path) if path.is_file() else {}
-
-    found = look() if is_alone else on_rank_0(look)
+    found = on_rank_0(lambda: data.read_json(path) if path.is_file() else {})
     if "value" not in found:
         found = {"value": compute()}
-        if is_alone or ranks()[0] == 0:
+        if ranks()[0] == 0:
             data.write_json(path, found)
     return found["value"]
 
@@ -237,8 +226,7 @@ class Measurement:
     out: Path
     notes: list  # what a reader of the results must know
     train: data.XRays | None  # what the generator was trained on, where it is in reach
-    source: tuple  # its digest and the arguments of data.open_data for:
-    ds: data.XRays
+    ds: data.XRays  # what it is measured on
     pool: np.ndarray = None  # indices that may train a classifier
     test: np.ndarray = None  # indices held out, of other patients; or those with masks
     names: list = ()  # findings; or the set of each image with masks
@@ -275,8 +263,10 @@ def open_measurement(s, phantom_seed, count, labels=None) -> Measurement:
     folder = Path(s.run_dir or dinodiff.newest_run())
     step = s.step or ("best" if (folder / "best.json").is_file() else "newest")
     run = open_run(folder, None if step == "newest" else step, s.device)
-    notes = ["The step is that of the best FID (best.json); if that was measured on these images, "
-             "they chose it."] * (step == "best")
+    notes = []
+    if step == "best":
+        notes.append("The step is that of the best FID (best.json); if that was measured on these "
+                     "images, they chose it.")
     trained_on = s.train_data or str(run.config["data"])
     train = None
     try:
@@ -293,11 +283,9 @@ def open_measurement(s, phantom_seed, count, labels=None) -> Measurement:
         raise UserError(f"{folder} was trained on {trained_on}: name images that it has not seen "
                         "with --data (for labels see --labels)")
     spec = s.data or "phantom"
-    source = (spec, run.size, run.config["seed"] + phantom_seed,
-              count if spec == "phantom" else None, labels)
-    ds = data.open_data(*source)
-    out = Path(s.out or folder / "eval")
-    return Measurement(run, out, notes, train, (ds.digest, *source), ds)
+    ds = data.open_data(spec, run.size, run.config["seed"] + phantom_seed,
+                        count if spec == "phantom" else None, labels)
+    return Measurement(run, Path(s.out or folder / "eval"), notes, train, ds)
 
 
 def open_labelled(s) -> Measurement:
@@ -317,9 +305,8 @@ def open_labelled(s) -> Measurement:
         raise UserError(f"{m.ds.name}: {len(m.ds)} images leave {len(m.pool)} to train and "
                         f"{len(m.test)} to test, expected more of several patients; see --held-out")
     counts = Counter(itertools.chain(*m.ds.labels))
-    least = s.prevalence * len(m.ds)
     common = [name for name in data.label_names(m.ds.labels)
-              if counts[name] >= least and name not in data.NO_DIAGNOSES]
+              if counts[name] >= s.prevalence * len(m.ds) and name not in data.NO_DIAGNOSES]
     m.names = list(s.findings) or common
     missing = sorted(set(m.names) - set(counts))
     if missing:
@@ -328,45 +315,41 @@ def open_labelled(s) -> Measurement:
     m.targets = np.zeros((len(m.ds), len(m.names)), np.float32)
     for k, name in enumerate(m.names):
         m.targets[:, k] = [name in row for row in m.ds.labels]
-    rare = [name for name, y in zip(m.names, m.targets[m.test].T) if len(np.unique(y)) < 2]
-    m.notes += [f"All or none of the test images have {', '.join(rare)}: the macro AUC leaves "
-                "this out."] * bool(rare)
-    for what, shared in shared_with(m).items():
-        check_leak(s, m, f"{what} of the test part are among those that the generator was trained "
-                   "on", shared)
+        if len(np.unique(m.targets[m.test, k])) < 2:
+            m.notes.append(f"All or none of the test images have {name}: the macro AUC leaves it "
+                           "out.")
+    check_leak(s, m, "the generator was trained on images or patients of the test part",
+               seen_in_training(m))
     return m
 
 
-def shared_with(m) -> dict[str, list]:
-    """Patients and images of the test part that the generator was trained on, by their names.
+def seen_in_training(m) -> list[str]:
+    """Images and patients of the test part that the generator was trained on, by their names."""
+    if m.train is None or m.ds.seed != m.train.seed:
+        return []  # phantoms of another seed, or phantoms and real people
 
-    A note says where patients cannot be compared.
-    """
-    train = m.train
-    if train is None or m.ds.seed != train.seed:
-        return {}  # phantoms of another seed, or phantoms and real people
+    def named(ds, rows):
+        images = {f"{ds.providers[i]}, image {ds.keys[i]}" for i in rows}
+        return images | {f"{ds.providers[i]}, patient {ds.patients[i]}"
+                         for i in rows if ds.patients[i]}
 
-    def named(ds, rows, names):
-        return {f"{ds.providers[i]}, {names[i]}" for i in rows if names[i]}
-
-    if not set(train.providers) & set(m.ds.providers) or not any(train.patients):
-        m.notes.append("The generator's training images and these have no provider with known "
-                       "patients in common: shared patients were not found by name.")
-    everything = range(len(train))
-    return {"patients": sorted(named(train, everything, train.patients)
-                               & named(m.ds, m.test, m.ds.patients)),
-            "images": sorted(named(train, everything, train.keys)
-                             & named(m.ds, m.test, m.ds.keys))}
+    return sorted(named(m.train, range(len(m.train))) & named(m.ds, m.test))
 
 
 def check_leak(s, m, what, shared) -> None:
     """Stop where two sides of a split share something; with --as-paper mark the results instead."""
+    if not shared:
+        return
     found = f"{what} ({len(shared)}: {', '.join(shared[:5])}{' …' * (len(shared) > 5)})"
-    if shared and not s.as_paper:
+    if not s.as_paper:
         raise UserError(f"found a leak: {found}. These numbers would be too good. Expected two "
                         "sides that share nobody: give other --data, or --as-paper to mark the "
                         "results and go on")
-    m.notes += [f"MARKED (--as-paper): {found}. These numbers flatter."] * bool(shared)
+    m.notes.append(f"MARKED (--as-paper): {found}. These numbers flatter.")
+
+
+def matching(rows, wanted) -> list[dict]:
+    return [row for row in rows if wanted.items() <= row.items()]
 
 
 def table(rows, columns) -> list[str]:
@@ -388,22 +371,14 @@ def pivot(rows, down, across, cell) -> list[str]:
     return lines + [""]
 
 
-def by_protocol(rows):
-    """-> rows in parts that compare, and lines that say so where there are several parts."""
-    parts = defaultdict(list)
-    for row in rows:
-        parts[row["protocol"]].append(row)
-    said = f"> Measured differently, so not in one table: {'; '.join(parts)}.\n"
-    return list(parts.values()), [said] * (len(parts) > 1)
-
-
-def finish(m, name, rows, section) -> None:
-    """Write NAME.json and NAME.md, with the notes and the command that was given."""
+def finish(m, name, rows) -> None:
+    """Write NAME.json and NAME.md, with pictures, notes and the command that was given."""
     if ranks()[0] == 0:
-        m.out.mkdir(parents=True, exist_ok=True)
         command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-        notes = [f"> {note}\n" for note in dict.fromkeys(m.notes)]
-        text = "\n".join([*section(rows, m.out), *notes, f"Made by `{command}`.", ""])
+        text = "\n".join([*COMMANDS[name][2](rows, m.out),
+                          *[f"![{title}]({file})\n" for file, title in PICTURES[name].items()],
+                          *[f"> {note}\n" for note in dict.fromkeys(m.notes)],
+                          f"Made by `{command}`.", ""])
         data.write_json(m.out / f"{name}.json", rows)
         data.write_file(m.out / f"{name}.md", text)
         print(f"\n{text}\n-> {m.out / name}.md, .json", flush=True)
@@ -416,36 +391,33 @@ INK = "#222222"
 
 
 def round_ticks(low, high) -> list[float]:
-    """About six round numbers that cover [low, high]."""
+    """Two to seven round numbers that cover [low, high]."""
     span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / 6))
-    step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power * 6 >= span * 0.999)
-    first = math.floor(low / step + 1e-9)
-    return [k * step for k in range(first, max(first + 1, math.ceil(high / step - 1e-9)) + 1)]
+    step = 10.0 ** math.floor(math.log10(span / 2))  # the span holds 2 to 20 of these
+    step *= 1 if span < 5 * step else 2 if span < 10 * step else 5
+    first = math.floor(low / step)
+    last = max(math.ceil(high / step), first + 1)
+    return [k * step for k in range(first, last + 1)]
 
 
-def chart(path, rows, name, x, y, title, labels, is_bars=False, is_even=True) -> str:
+def chart(path, rows, name, x, y, title, labels, is_bars=False) -> str:
     """Lines, or grouped bars, of rows -> the Markdown that shows the picture.
 
-    name: format of a row's fields, a line or colour each; x, y: fields, x spaced evenly, or by its
-    value. Fields y_low and y_high end the error bar, `mark` stands above it.
+    name: format of a row's fields, a line or colour each; x, y: fields, x spaced evenly. Fields
+    y_low and y_high end the error bar; bars have a `mark` above it.
     """
     image = Image.new("RGB", (1800, 1040), "white")  # reduced to half at the end
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(26)
-    rows = [{f"{y}_low": row[y], f"{y}_high": row[y], "mark": ""} | row for row in rows]
-    names = list(dict.fromkeys(map(name.format_map, rows)))
     slots = sorted({row[x] for row in rows})
-    marks = slots[::-(-len(slots) // 12)] if is_even else round_ticks(slots[0], slots[-1])
-    span = [row[y + end] for row, end in itertools.product(rows, ("", "_low", "_high"))]
-    span += [0.0] * is_bars
-    ticks = round_ticks(np.nanmin(span), np.nanmax(span))
+    names = list(dict.fromkeys(map(name.format_map, rows)))
+    zero = [0.0] * is_bars
+    ticks = round_ticks(min([row[f"{y}_low"] for row in rows] + zero),
+                        max([row[f"{y}_high"] for row in rows] + zero))
     left, right, top, bottom = 170, 1760, 130 + 40 * -(-len(names) // 3), 910
-
-    def across(v):
-        share = (slots.index(v) + 0.5) / len(slots) if is_even else (
-            (v - marks[0]) / (marks[-1] - marks[0]))
-        return left + share * (right - left)
+    slot = (right - left) / len(slots)
+    pitch = 0.75 * slot / len(names) if is_bars else 6  # from a bar, or line, to the next
+    half, rim = (0.45 * pitch, 0) if is_bars else (7, 4)  # of a bar, or of the mark of a value
 
     def up(v):
         return bottom - (v - ticks[0]) / (ticks[-1] - ticks[0]) * (bottom - top)
@@ -456,29 +428,22 @@ def chart(path, rows, name, x, y, title, labels, is_bars=False, is_even=True) ->
     for v in ticks:
         draw.line([(left, up(v)), (right, up(v))], "#dddddd", 2)
         draw.text((left - 15, up(v)), f"{v:,.6g}", INK, font, "rm")
-    for v in marks:
-        draw.text((across(v), bottom + 15), f"{v:,.6g}", INK, font, "ma")
-    half = 0.36 * (right - left) / len(slots) / len(names) if is_bars else 8
-    rim = 0 if is_bars else 4
+    for k in range(0, len(slots), -(-len(slots) // 12)):
+        draw.text((left + (k + 0.5) * slot, bottom + 15), f"{slots[k]:,.6g}", INK, font, "ma")
     for k, one in enumerate(names):
         colour = COLOURS[k % len(COLOURS)]
-        corner = left + k % 3 * 540, 80 + k // 3 * 40
-        draw.rectangle([*corner, corner[0] + 30, corner[1] + 20], colour)
-        draw.text((corner[0] + 45, corner[1] - 5), one, INK, font)
-        part = [row for row in rows if name.format_map(row) == one and math.isfinite(row[y])]
-        # Bars stand side by side, and the error bars of lines a little.
-        shift = (2 * k + 1 - len(names)) * (half * 1.1 if is_bars else 3 * is_even)
-        spots = sorted((across(row[x]) + shift, up(row[y])) for row in part)
+        draw.text((left + k % 3 * 540, 80 + k // 3 * 40), one, colour, font)
+        middle = left + slot / 2 + (k - (len(names) - 1) / 2) * pitch  # of its first bar
+        part = sorted((row for row in rows if name.format_map(row) == one), key=lambda row: row[x])
+        spots = [(middle + slots.index(row[x]) * slot, up(row[y])) for row in part]
         if not is_bars:
             draw.line(spots, colour, 5)
-        for (px, py), row in zip(spots, sorted(part, key=lambda row: row[x])):
-            floor = up(0) if is_bars else py
+        for (px, py), row in zip(spots, part):
+            base = up(0) if is_bars else py
+            draw.rectangle([px - half, min(py, base) - rim, px + half, max(py, base) + rim], colour)
             high = up(row[f"{y}_high"])
-            draw.rectangle([px - half, min(py, floor) - rim, px + half, max(py, floor) + rim],
-                           colour)
-            ends = [(px, up(row[f"{y}_low"])), (px, high)]
-            draw.line(ends, INK if is_bars else colour, 3)
-            draw.text((px, min(high, floor)), row["mark"], INK, font, "md")
+            draw.line([(px, up(row[f"{y}_low"])), (px, high)], INK if is_bars else colour, 3)
+            draw.text((px, min(high, base)), row.get("mark", ""), INK, font, "md")
     draw.line([(left, top), (left, bottom), (right, bottom)], INK, 3)
     data.save_png(path, image.resize((900, 520), Image.Resampling.LANCZOS))
     return f"![{title}]({Path(path).name})\n"
@@ -555,10 +520,10 @@ class DenseNet(nn.Module):
     @classmethod
     def from_pretrained(cls, source, subfolder: str | None = None,
                         revision: str | None = None) -> "DenseNet":
-        """A folder, a `.safetensors`, a pickled `.pt` (read without running it) or a hub id."""
-        path = Path(source).expanduser() / (subfolder or "")
-        if str(source) == XRV and not path.exists():
-            path = hub_xrv()
+        """DenseNet-121 of a folder, a `.safetensors`, a pickled `.pt` (never run) or the hub."""
+        path = Path(source).expanduser()
+        if str(source) == XRV and not path.exists():  # a pickled module
+            path = data.hub_file(XRV, "model.pt", revision)
         elif (path / "model.pt").is_file():
             path = path / "model.pt"
         if path.suffix in (".pt", ".pth", ".bin") and path.is_file():
@@ -569,27 +534,11 @@ class DenseNet(nn.Module):
         if "features.conv0.weight" not in state or "classifier.weight" not in state:
             raise UserError(f"{source}: found keys {sorted(state)[:4]} …, expected a DenseNet's, "
                             "such as features.conv0.weight")
-        width, channels = state["features.conv0.weight"].shape[:2]
-        layers = re.findall(r"denseblock(\d+)\.denselayer\d+\.norm1\.bias", " ".join(state))
-        growth = len(state["features.denseblock1.denselayer1.conv2.weight"])
-        blocks = tuple(layers.count(i) for i in sorted(set(layers)))
-        model = cls(len(state["classifier.weight"]), channels, growth, blocks, width)
+        model = cls(len(state["classifier.weight"]), state["features.conv0.weight"].shape[1])
         return data.load_weights(model, state, source)
 
     def save_pretrained(self, folder) -> None:
         data.write_weights(folder, {}, self.state_dict(), "model.safetensors")
-
-
-def hub_xrv(is_cached_only=False) -> Path:
-    """torchxrayvision's public DenseNet, a pickled module, from the hub or its cache."""
-    from huggingface_hub import try_to_load_from_cache
-    try:
-        if is_cached_only and not isinstance(try_to_load_from_cache(XRV, "model.pt"), str):
-            raise UserError(f"{XRV} is not in the hub's cache")
-        return data.hub_file(XRV, "model.pt")
-    except UserError as error:
-        raise UserError(f"{error}: download it, for instance with `hf download {XRV} model.pt "
-                        "--local-dir xrv`, and give --xrv xrv/model.pt") from None
 
 
 # ---- A pickled module's tensors, without running it --------------------------------------------
@@ -688,7 +637,7 @@ def open_features(m, s):
         raise UserError(f"found --protocol {s.protocol}, expected auto or {', '.join(kinds)}")
     for name in names:
         try:
-            embed, net = kinds[name](m, s, len(names) > 1)
+            embed, net = kinds[name](m, s)
         except UserError as error:
             failed.append(f"{name}: {error}")
             continue
@@ -699,14 +648,17 @@ def open_features(m, s):
     raise UserError("; ".join(failed))
 
 
-def xrv_features(m, s, is_cached_only):
-    """The paper's: torchxrayvision's DenseNet at 224 px."""
-    net = DenseNet.from_pretrained(hub_xrv(is_cached_only) if s.xrv == XRV else s.xrv)
+def xrv_features(m, s):
+    """The paper's: torchxrayvision's DenseNet at 224 px; the public one from the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    if s.xrv == XRV and not isinstance(try_to_load_from_cache(XRV, "model.pt"), str):
+        raise UserError(f"{XRV} is not in the hub's cache; get it by `hf download {XRV} model.pt`, "
+                        "or name a file of it by --xrv")
     # TRAP: torchxrayvision's pixels are in [-1024, 1024], not [-1, 1].
-    return embedding(net, 224, 1024.0, m.run.device)
+    return embedding(DenseNet.from_pretrained(s.xrv), 224, 1024.0, m.run.device)
 
 
-def local_features(m, s, _):
+def local_features(m, s):
     """A DenseNet trained on the pool's labels, once a machine: all runs are measured with one."""
     if not m.names:
         raise UserError("there are no labels to train on")
@@ -724,10 +676,12 @@ def local_features(m, s, _):
                 fit(recipe, train, val, s.seed, m.run.device)[0].save_pretrained(place)
 
     on_rank_0(train_once)
-    return embedding(DenseNet.from_pretrained(place), recipe.size, 1.0, m.run.device)
+    net = DenseNet(len(m.names), 1, *recipe.net)
+    data.load_weights(net, data.read_weights(place)[1], place)
+    return embedding(net, recipe.size, 1.0, m.run.device)
 
 
-def dino_features(m, s, _):
+def dino_features(m, s):
     """The CLS token that conditions the generator itself: good numbers are to be expected."""
     return lambda images: encode_tokens(m.run, images)[:, 0].cpu(), m.run.vit
 
@@ -868,9 +822,10 @@ def distances(real, fake, groups) -> dict:
     real, fake = finite_features(real, fake)
     fid = frechet(real, fake)
     error = frechet_error(real, fake, groups)
+    bar = 0 if math.isnan(error) else 1.96 * error
     kid, kid_error = kernel_distance(real, fake, True, not isinstance(groups, tuple))
-    return {"fid": fid, "fid_error": error, "fid_low": fid - 1.96 * error,
-            "fid_high": fid + 1.96 * error, "kid": 1000 * kid, "kid_error": 1000 * kid_error,
+    return {"fid": fid, "fid_error": error, "fid_low": fid - bar, "fid_high": fid + bar,
+            "kid": 1000 * kid, "kid_error": 1000 * kid_error,
             **prdc(real, fake, min(5, len(real) - 1, len(fake) - 1))}
 
 
@@ -893,10 +848,11 @@ def fid(s: Fid) -> None:
     def features(rows, pictures):
         return on_all_ranks(rows, s.micro_batch, lambda some: embed(pictures(some)), "features")
 
+    # An image whose patient is unknown is a patient of its own.
+    patients = np.array([who or f"image {i}" for i, who in enumerate(m.ds.patients)])
+
     def row(kind, step, rows, pictures, *depends_on):
-        # An image whose patient is unknown is a patient of its own.
-        patients = [[m.ds.patients[i] or f"image {i}" for i in part] for part in (test, rows)]
-        groups = patients[0] if rows is test else tuple(patients)
+        groups = patients[test] if rows is test else (patients[test], patients[rows])
 
         def compute():
             real, fake = features(test, m.ds.read), features(rows, pictures)
@@ -914,13 +870,12 @@ def fid(s: Fid) -> None:
         run = m.run if step == m.run.step else open_run(m.run.folder, step, s.device)
         work = functools.partial(reconstruct, m.ds, s, run)
         rows.append(row("reconstruction", step, test, work, name_of(run), s.steps, s.seed))
-    curve = {row["step"]: row["fid"] for row in rows[2:]}
-    best = min(curve, key=curve.get)
     if s.checkpoints == "all" and ranks()[0] == 0:
+        best = min(rows[2:], key=lambda row: row["fid"])
         data.write_json(m.run.folder / "best.json", {
-            "step": best, "fid": curve[best], "protocol": name, "images": len(test),
-            "steps": curve})
-    finish(m, "fid", rows, fid_section)
+            "step": best["step"], "fid": best["fid"], "protocol": name, "images": len(test),
+            "steps": {row["step"]: row["fid"] for row in rows[2:]}})
+    finish(m, "fid", rows)
 
 
 def reconstruct(ds, s, run, rows, variant=0) -> Tensor:
@@ -929,65 +884,50 @@ def reconstruct(ds, s, run, rows, variant=0) -> Tensor:
     return generate(run, encode_tokens(run, ds.read(rows)), seeds, s.steps)
 
 
-def fid_section(rows, out) -> list[str]:
+def fid_section(rows, out, k=0) -> list[str]:
     """Table and Figure 3 of FID rows of one run or several."""
-    parts, lines = by_protocol(rows)
-    for k, part in enumerate(parts):
-        title = f"FID ({part[0]['protocol']})"
-        lines += [f"## {title} and checkpoints (2.4, Figure 3)", "", *table(part, {
-            "run": "{run}", "step": "{step:,}", "images": "{kind}",
-            "FID ± SE": "{fid:.3f} ± {fid_error:.3f}",
-            "KID x 1000 ± SE": "{kid:.2f} ± {kid_error:.2f}", "precision": "{precision:.3f}",
-            "recall": "{recall:.3f}", "density": "{density:.3f}", "coverage": "{coverage:.3f}"}),
-            "SE: standard error, FID's by a jackknife over patients. Where images are fewer than "
-            "features FID is biased upwards: trust KID there.\n",
-            "The paper: 4.7 (DiNOv1, step 80,000), 6.4 (DiNOv2, step 120,000) on 5,000 images of "
-            "MIMIC-CXR p19.\n" * title.startswith("FID (xrv-224")]
-        curve = [row for row in part if row["kind"] == "reconstruction"]
-        lines.append(chart(out / f"figure3-{k}.png", curve, "{run}", "step", "fid", title,
-                           ("step", "FID")))
-    return lines
+    title = f"FID ({rows[0]['protocol']})"
+    lines = [f"## {title} and checkpoints (2.4, Figure 3)", "", *table(rows, {
+        "run": "{run}", "step": "{step:,}", "images": "{kind}",
+        "FID ± SE": "{fid:.3f} ± {fid_error:.3f}",
+        "KID x 1000 ± SE": "{kid:.2f} ± {kid_error:.2f}", "precision": "{precision:.3f}",
+        "recall": "{recall:.3f}", "density": "{density:.3f}", "coverage": "{coverage:.3f}"}),
+        "SE: standard error, FID's by a jackknife over patients. Where images are fewer than "
+        "features FID is biased upwards: trust KID there.\n"]
+    if title.startswith("FID (xrv-224"):
+        lines.append("The paper: 4.7 (DiNOv1, step 80,000), 6.4 (DiNOv2, step 120,000) on 5,000 "
+                     "images of MIMIC-CXR p19.\n")
+    curve = matching(rows, {"kind": "reconstruction"})
+    return lines + [chart(out / f"figure3-{k}.png", curve, "{run}", "step", "fid", title,
+                          ("step", "FID"))]
 
 
 # ---- Training a classifier (paper 2.5) ---------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=8)
-def opened(digest, *source):
-    return data.open_data(*source)
-
-
-@functools.lru_cache(maxsize=10_000)  # each process decodes an image once, where there is room
-def picture(source, row, size):
-    return torch.from_numpy(data.resize(opened(*source)[row], size))
+@functools.lru_cache(maxsize=10_000)  # an image is decoded once, where there is room
+def picture(ds, row, size):
+    return torch.from_numpy(data.resize(ds[row], size))
 
 
 @dataclass
 class Pictures(Dataset):
-    """Images of one set or several with targets -> (uint8 (size, size), float32 (L,))."""
+    """Images of one set with targets -> (uint8 (size, size), float32 (L,))."""
 
-    items: list  # (arguments of `opened`, row)
-    ids: list  # what each is called in a content key
+    ds: data.XRays
+    rows: np.ndarray
     targets: np.ndarray
     size: int
 
     def __len__(self):
-        return len(self.items)
+        return len(self.rows)
 
     def __getitem__(self, i):
-        return picture(*self.items[i], self.size), self.targets[i]
-
-    def take(self, rows):
-        return Pictures([self.items[k] for k in rows], [self.ids[k] for k in rows],
-                        self.targets[rows], self.size)
-
-    def __add__(self, other):
-        return Pictures(self.items + other.items, self.ids + other.ids,
-                        np.concatenate([self.targets, other.targets]), self.size)
+        return picture(self.ds, self.rows[i], self.size), self.targets[i]
 
 
 def real_pictures(m, rows, size) -> Pictures:
-    return Pictures([(m.source, i) for i in rows], rows.tolist(), m.targets[rows], size)
+    return Pictures(m.ds, rows, m.targets[rows], size)
 
 
 def label_aucs(targets, scores) -> np.ndarray:
@@ -1009,40 +949,31 @@ def macro_auc(net, pictures, size, device) -> float:
 
 
 @torch.enable_grad()  # whatever the caller does
-def fit(s: Classify, train, val, seed, device, steps_an_epoch=0):
+def fit(s: Classify, train, val, seed, device):
     """The paper's recipe: AdamW, lr / 10 on a plateau of the validation AUC, early stopping.
 
     train, val: sequences of (uint8 (S, S), float32 (L,)). -> the best epoch's net, its history.
-    steps_an_epoch: so many steps, whatever the number of images, and no early stop.
     """
     if min(len(train), len(val)) < 2:
         raise UserError(f"{len(train)} images to train on and {len(val)} to validate on, expected "
                         "at least 2 of each; take more images, of more patients")
-    y = np.stack([target for _, target in val])
-    if not (y.any(0) & ~y.all(0)).any():
-        raise UserError(f"each finding is in all or in none of the {len(y)} validation images (one "
-                        "class only): an AUC needs both; take more images or fewer folds")
     torch.manual_seed(seed)
-    net = DenseNet(y.shape[1], 1, *s.net).to(device, memory_format=torch.channels_last)
+    net = DenseNet(len(val[0][1]), 1, *s.net).to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
         net.compile()
     optimizer = torch.optim.AdamW(net.parameters(), s.lr, weight_decay=s.weight_decay, fused=True)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.1, s.patience)
-    count = steps_an_epoch or -(-len(train) // s.batch)
-    shown = count * min(s.batch, len(train)) if steps_an_epoch else len(train)
+    # Near-equal batches: none of one image, which batch norm could not take.
+    places = np.array_split(np.arange(len(train)), -(-len(train) // s.batch))
     best = {"val": -1.0, "best_epoch": 0}
     for epoch in range(s.epochs):
         net.train()
-        draws = np.random.default_rng((seed, epoch))
-        passes = [draws.permutation(len(train)) for _ in range(-(-shown // len(train)))]
-        order = np.concatenate(passes)
-        # Near-equal batches: none of one image, which batch norm could not take.
-        places = np.array_split(np.arange(shown), count)
+        order = np.random.default_rng((seed, epoch)).permutation(len(train))
         loader = DataLoader(train, batch_sampler=[order[place].tolist() for place in places],
                             num_workers=8 if device.type == "cuda" else 0)
         for place, (images, targets) in zip(places, loader):
             # Each showing has a number of its own, so each is augmented otherwise.
-            x = data.augment(images.to(device), epoch * shown + place, 0, seed)
+            x = data.augment(images.to(device), epoch * len(train) + place, 0, seed)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = net(resized(x, s.size))
             loss = F.binary_cross_entropy_with_logits(logits.float(), targets.to(device))
@@ -1054,13 +985,14 @@ def fit(s: Classify, train, val, seed, device, steps_an_epoch=0):
         if auc > best["val"]:
             best = {"val": auc, "best_epoch": epoch + 1}
             kept = {k: v.clone() for k, v in net.state_dict().items()}
-        elif epoch + 1 - best["best_epoch"] >= s.early_stop and not steps_an_epoch:
+        elif epoch + 1 - best["best_epoch"] >= s.early_stop:
             break
     if best["val"] < 0:
-        raise UserError(f"the validation AUC was never a number; lower --lr (now {s.lr:g})")
+        raise UserError("the validation AUC was never a number: if each finding is in all or in "
+                        f"none of the {len(val)} validation images (one class only), take more "
+                        f"images or fewer folds; else lower --lr (now {s.lr:g})")
     net.load_state_dict(kept)
-    history = {"epochs": epoch + 1, "updates": count * (epoch + 1), "train": len(train)}
-    return net.eval(), best | history
+    return net.eval(), best | {"epochs": epoch + 1, "train": len(train)}
 
 
 # ---- Classification (paper 2.4, Table 1, Figure 4) ---------------------------------------------
@@ -1123,34 +1055,30 @@ def synthesise(m, s, subset, made, folder) -> None:
     sources = [[m.ds.keys[i] for i in pair] for pair in subset[made.ends]]
     made.seeds = [f"{seed_of(s.seed, *image):015x}" for image in zip(
         sources, made.r.tolist(), made.variant.tolist())]
+    nearer = subset[made.nearer]
 
     def make(rows):
         samples = []
         for some in chunks(rows, s.micro_batch):
-            ends = subset[made.ends[some]]
-            first, second = [encode_tokens(m.run, m.ds.read(column)) for column in ends.T]
+            first, second = [encode_tokens(m.run, m.ds.read(ends))
+                             for ends in subset[made.ends[some]].T]
             c = torch.lerp(first, second, torch.from_numpy(made.r[some]).to(first)[:, None, None])
             seeds = [int(made.seeds[k], 16) for k in some]
             images = generate(m.run, c, seeds, s.steps).numpy()
-            for k, image, seed, near in zip(some, images, seeds, subset[made.nearer[some]]):
+            for k, image, seed in zip(some, images, seeds):
                 how = {"seed": seed, "step": m.run.step, "steps": s.steps, "r": made.r[k],
                        "sources": sources[k]}  # all that makes this image again, alone
-                samples.append(data.Sample(made.seeds[k], image, m.ds.patients[near], "synthetic",
-                                           m.ds.labels[near], extra=how))
+                samples.append(data.Sample(made.seeds[k], image, m.ds.patients[nearer[k]],
+                                           "synthetic", m.ds.labels[nearer[k]], extra=how))
         data.write_shard(folder / f"{data.digest([x.key for x in samples])}.tar", samples)
         return rows
 
     def missing():
-        there = place_of(folder, m.run.size)
+        is_new = not list(folder.glob("*.tar"))
+        there = set() if is_new else set(data.open_data(str(folder), m.run.size).keys)
         return [k for k, name in enumerate(made.seeds) if name not in there]
 
     on_all_ranks(on_rank_0(missing), 500, make, "synthetic images, 500 a batch")
-
-
-def place_of(folder, size) -> dict:
-    """{name: row} of the images in a folder of shards."""
-    ds = data.open_data(str(folder), size) if list(folder.glob("*.tar")) else None
-    return {key: i for i, key in enumerate(ds.keys)} if ds else {}
 
 
 def classify(s: Classify) -> None:
@@ -1164,80 +1092,83 @@ def classify(s: Classify) -> None:
     picks = data.balanced_subsets([labels[i] for i in m.pool], s.sizes, s.seed)
     subset = m.pool[picks[max(picks)]]  # the subset of a smaller N is its beginning
     folder = m.out / "synthetic" / m.key(name_of(m.run), s.steps)
-    folds = {n: data.folds_by_patient([m.ds.patients[i] for i in subset[:n]],
-                                      [labels[i] for i in subset[:n]], s.folds, s.seed)
-             for n in picks}
+    folds = {}
     made = {}
-    for n, strategy in itertools.product(picks, s.strategies):
-        made[strategy, n] = reconstructions(n, max(s.ratios))
-        if strategy == "interpolate":
-            y = m.targets[subset[:n]]
-            made[strategy, n] = interpolations(y, folds[n], max(s.ratios), s.seed)
-        synthesise(m, s, subset, made[strategy, n], folder)
-    place = place_of(folder, m.run.size)
-    source = (len(place), str(folder), m.run.size)
+    for n in picks:
+        folds[n] = data.folds_by_patient([m.ds.patients[i] for i in subset[:n]],
+                                         [labels[i] for i in subset[:n]], s.folds, s.seed)
+        for strategy in s.strategies:
+            made[strategy, n] = reconstructions(n, max(s.ratios))
+            if strategy == "interpolate":
+                made[strategy, n] = interpolations(m.targets[subset[:n]], folds[n], max(s.ratios),
+                                                   s.seed)
+            synthesise(m, s, subset, made[strategy, n], folder)
+    ds = data.open_data(str(folder), m.run.size)
+    place = {key: i for i, key in enumerate(ds.keys)}
     for pairs in made.values():
-        items = [(source, place[name]) for name in pairs.seeds]
-        ids = [f"{folder.name} {name}" for name in pairs.seeds]
-        pairs.pictures = Pictures(items, ids, m.targets[subset[pairs.nearer]], s.size)
-    cells, jobs = plan_folds(m, s, subset, folds, made)
+        rows = [place[name] for name in pairs.seeds]
+        pairs.pictures = Pictures(ds, rows, m.targets[subset[pairs.nearer]], s.size)
+    kinds = [("real", "only", 0),
+             *itertools.product(("augment", "synthetic"), s.strategies, s.ratios)]
+    # Fold by fold, so that ranks get alike shares.
+    cells = [{"N": n, "experiment": kind[0], "strategy": kind[1], "ratio": kind[2], "fold": k}
+             for k, n, kind in itertools.product(range(s.folds), picks, kinds)]
+    jobs = [plan_fold(m, s, cell, subset, folds, made, folder.name) for cell in cells]
     results = on_all_ranks(jobs, len(jobs), functools.partial(train_all, s, m))
     protocol = f"{s.size} px, {', '.join(m.names)}, {len(m.test)} test images of {m.ds.name}"
     base = {"run": m.run.folder.name, "step": m.run.step, "protocol": protocol}
-    rows = [base | cell | result for cell, result in zip(cells, results)]
-    finish(m, "classify", rows, classify_section)
+    finish(m, "classify", [base | cell | result for cell, result in zip(cells, results)])
 
 
-RECIPE = "epochs batch lr weight_decay patience early_stop size net".split()
+RECIPE = "epochs batch lr weight_decay patience early_stop size net folds seed".split()
 
 
-def plan_folds(m, s, subset, folds, made) -> tuple[list[dict], list[Callable]]:
-    """The cells of Table 1, fold by fold so that ranks get alike shares, and their trainings."""
-    real, test = real_pictures(m, subset, s.size), real_pictures(m, m.test, s.size)
-    kinds = [("real", "only", 0),
-             *itertools.product(("augment", "synthetic"), s.strategies, s.ratios)]
-    cells = []
-    jobs = []
-    for k, n, (experiment, strategy, ratio) in itertools.product(range(s.folds), folds, kinds):
-        rows = np.setdiff1d(np.arange(n), folds[n][k])
-        parts = {"train": real.take(rows), "val": real.take(folds[n][k]), "test": test}
-        if ratio:  # the first images inside, so 1:50 contains 1:10
-            pairs = made[strategy, n]
-            extra = pairs.pictures.take(pairs.inside(rows)[:ratio * len(rows)])
-            parts["train"] = extra if experiment == "synthetic" else parts["train"] + extra
-        elif n == max(folds):
-            for kind in s.strategies:
-                parts |= fidelity_sets(kind, made[kind, n], folds[n][k])
-        steps = -(-len(rows) * (1 + max(s.ratios)) // s.batch) if s.equal_steps else 0
-        seed = seed_of(s.seed, n, k) % 2**31
-        key = m.key(m.names, [getattr(s, name) for name in RECIPE], steps, seed,
-                    {name: part.ids for name, part in parts.items()})
-        work = functools.partial(train_fold, s, parts, seed, m.run.device, steps)
-        jobs.append(functools.partial(cached, m.out, "fold", key, work, is_alone=True))
-        cells.append({"N": n, "experiment": experiment, "strategy": strategy, "ratio": ratio,
-                      "fold": k})
-    return cells, jobs
+def plan_fold(m, s, cell, subset, folds, made, generator) -> functools.partial:
+    """The training of one fold of a cell of Table 1; its result is kept by what it depends on."""
+    n, k, ratio = cell["N"], cell["fold"], cell["ratio"]
+    real = real_pictures(m, subset[:n], s.size)
+    rows = np.setdiff1d(np.arange(n), folds[n][k])
+    parts = {"train": Subset(real, rows), "val": Subset(real, folds[n][k]),
+             "test": real_pictures(m, m.test, s.size)}
+    depends_on = [m.names, m.pool.tolist(), m.test.tolist(), cell,
+                  [getattr(s, name) for name in RECIPE]]
+    if ratio:  # the first images inside, so 1:50 contains 1:10
+        pairs = made[cell["strategy"], n]
+        extra = Subset(pairs.pictures, pairs.inside(rows)[:ratio * len(rows)])
+        is_alone = cell["experiment"] == "synthetic"
+        parts["train"] = extra if is_alone else ConcatDataset([parts["train"], extra])
+        depends_on += [generator]
+    elif n == max(folds):
+        for strategy in s.strategies:
+            parts |= fidelity_sets(strategy, made[strategy, n], folds[n][k])
+        depends_on += [generator, s.strategies, max(s.ratios)]
+    path = m.out / "cache" / f"fold-{m.key(*depends_on)}.json"
+    return functools.partial(train_fold, s, parts, seed_of(s.seed, n, k) % 2**31, m.run.device,
+                             path)
 
 
-def fidelity_sets(strategy, pairs, val) -> dict[str, Pictures]:
+def fidelity_sets(strategy, pairs, val) -> dict[str, Subset]:
     """Synthetic images whose sources the classifier has not seen, by min(r, 1 - r)."""
     rows = pairs.inside(val)[:2000]
     is_far = np.minimum(pairs.r, 1 - pairs.r)[rows] > 0.25
     parts = {", r up to 1/4 from the labelled end": rows[~is_far], ", r beyond 1/4": rows[is_far]}
     parts = parts if pairs.r.any() else {"": rows}  # a reconstruction has no r
-    return {f"fidelity: {strategy}{name}": pairs.pictures.take(part)
+    return {f"fidelity: {strategy}{name}": Subset(pairs.pictures, part)
             for name, part in parts.items() if len(part)}
 
 
-def train_fold(s, parts, seed, device, steps) -> dict:
-    """Train and score -> history and AUCs, or {"error": message}."""
+def train_fold(s, parts, seed, device, path) -> dict:
+    """Train and score, once -> history and AUCs, or {"error": message}."""
+    if path.is_file():
+        return data.read_json(path)
     try:
-        net, history = fit(s, parts["train"], parts["val"], seed, device, steps)
+        net, found = fit(s, parts.pop("train"), parts.pop("val"), seed, device)
+        for name, part in parts.items():
+            found[name] = macro_auc(net, part, s.size, device)
     except UserError as error:
-        return {"error": str(error)}
-    aucs = {name: macro_auc(net, part, s.size, device) for name, part in parts.items()
-            if name not in ("train", "val")}
-    return history | {name: auc for name, auc in aucs.items() if math.isfinite(auc)}
+        found = {"error": str(error)}
+    data.write_json(path, found)
+    return found
 
 
 def call(job):
@@ -1270,110 +1201,86 @@ def paired_tests(scores, baseline, test_share) -> tuple[float, float]:
     return tuple((2 * stats.t.sf(t, k - 1)).tolist())
 
 
-def holm(p_values) -> list[float]:
-    """Holm's correction: the i-th smallest of m p-values times m - i + 1, never falling, <= 1."""
-    p = np.asarray(p_values, float)
-    order = np.argsort(p)
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
-    return adjusted.tolist()
-
-
-EXPERIMENTS = {"real": "real", "augment": "(a) data augmentation",
-               "synthetic": "(b) full synthetic training"}
-
-
 def summarise(rows) -> list[dict]:
-    """Rows of folds, of one run or several -> a row a cell: mean, sd, p, gain in % over real only.
+    """Rows of folds, of one run or several -> a row a cell: mean, SD, stars, gain in % over real.
 
-    The real-only baseline of an N is the first run's. Holm's correction goes over a run's column.
+    The real-only baseline of an N is the first run's; of the ratios the best is bold.
     """
     aucs = defaultdict(dict)
     for row in rows:
         run = row["run"] if row["ratio"] else ""
         cell = row["N"], run, row["experiment"], row["strategy"], row["ratio"]
         aucs[cell].setdefault(row["fold"], row.get("test", math.nan))
-    columns = defaultdict(list)
-    best = defaultdict(float)
+    found = []
     for cell, folds in aucs.items():
         base = aucs[cell[0], "", "real", "only", 0]
         both = np.array([(auc, base[k]) for k, auc in folds.items()]).T
         both = both[:, np.isfinite(both).all(0)]
-        if both.shape[1] > 1:
-            (mean, real), (sd, _) = both.mean(1), both.std(1, ddof=1)
-            p, corrected = paired_tests(*both, 1 / (len(folds) - 1))
-            names = dict(zip(("N", "run", "experiment", "strategy", "ratio"), cell))
-            columns[cell[:2]].append(names | {
-                "cell": cell[:4], "mean": mean, "sd": sd, "p": p, "corrected": corrected,
-                "gain": 100 * (mean / real - 1), "gain_low": 100 * ((mean - sd) / real - 1),
-                "gain_high": 100 * ((mean + sd) / real - 1), "title": EXPERIMENTS[cell[2]]})
-            best[cell[:4]] = max(best[cell[:4]], mean)
-    for column in columns.values():
-        for row, p in zip(column, holm([row["corrected"] for row in column])):
-            row["mark"] = "*" * int(row["p"] < 0.05) + "†" * int(p < 0.05)
-            bold = "**" if row["ratio"] and row["mean"] == best[row["cell"]] else ""
-            row["text"] = f"{bold}{row['mean']:.3f} ± {row['sd']:.3f}{bold} {row['mark']}"
-    return list(itertools.chain(*columns.values()))
+        if both.shape[1] < 2:
+            continue
+        mean, real = both.mean(1)
+        sd = both[0].std(ddof=1)
+        p, corrected = paired_tests(*both, 1 / (len(folds) - 1))
+        low, gain, high = [100 * (auc / real - 1) for auc in (mean - sd, mean, mean + sd)]
+        found.append(dict(zip(("N", "run", "experiment", "strategy", "ratio"), cell)) | {
+            "cell": cell[:4], "mean": mean, "text": f"{mean:.3f} ± {sd:.3f}",
+            "mark": "*" * int(p < 0.05) + "†" * int(corrected < 0.05),
+            "gain": gain, "gain_low": low, "gain_high": high})
+    best = {row["cell"]: row for row in sorted(found, key=lambda row: row["mean"])}
+    for row in best.values():
+        if row["ratio"]:
+            row["text"] = f"**{row['text']}**"
+    return found
 
 
-def classify_section(rows, out) -> list[str]:
+def classify_section(rows, out, k=0) -> list[str]:
     """Table 1, Figure 4 (a, b; i, ii) and label fidelity of rows of one run or several."""
-    parts, lines = by_protocol(rows)
-    for k, part in enumerate(parts):
-        cells = summarise(part)
-        steps = dict.fromkeys(f"{row['run']} at step {row['step']:,}" for row in part)
-        lines += [f"## Classification (2.4, Table 1): {part[0]['protocol']}", "",
-                  f"Macro AUC, mean ± SD over folds; {', '.join(steps)}.\n",
-                  *pivot(cells, "{title} {run} {strategy} 1:{ratio}", "N = {N}", "{text}"),
-                  "\\* p < 0.05 in the paired t-test against real only, as in the paper; † also "
-                  "with Nadeau and Bengio's correction and Holm's over the column; bold: the best "
-                  "ratio.\n"]
-        errors = dict.fromkeys(row["error"] for row in part if "error" in row)
-        lines += [f"> A fold was left out: {error}\n" for error in errors]
-        bars = defaultdict(list)
-        for cell in cells:
-            bars[cell["experiment"], cell["strategy"]].append(cell)
-        bars.pop(("real", "only"), None)
-        for (experiment, strategy), found in bars.items():
-            lines.append(chart(out / f"figure4-{experiment}-{strategy}-{k}.png", found,
-                               "{run} 1:{ratio}", "N", "gain", f"{found[0]['title']}, {strategy}",
-                               ("N, real images", "change of AUC, %"), is_bars=True))
-        fidelity = defaultdict(list)
-        for row in part:
-            for name in [name for name in row if name.startswith("fidelity")]:
-                fidelity[row["run"], name].append(row[name])
-                fidelity[row["run"], "the real test images"].append(row.get("test", math.nan))
-        lines += ["Label fidelity: AUC of classifiers trained on real images alone on synthetic "
-                  "images of sources that they have not seen.\n", *table([
-                      {"run": run, "images": name, "auc": np.mean(aucs), "sd": np.std(aucs)}
-                      for (run, name), aucs in fidelity.items()],
-                      {"run": "{run}", "images": "{images}", "AUC ± SD": "{auc:.3f} ± {sd:.3f}"})]
-    return lines
+    cells = summarise(rows)
+    steps = dict.fromkeys(f"{row['run']} at step {row['step']:,}" for row in rows)
+    lines = [f"## Classification (2.4, Table 1): {rows[0]['protocol']}", "",
+             f"Macro AUC, mean ± SD over folds; {', '.join(steps)}.\n",
+             *pivot(cells, "{experiment} {run} {strategy} 1:{ratio}", "N = {N}", "{text} {mark}"),
+             "\\* p < 0.05 in the paired t-test against real only, as in the paper; † also with "
+             "Nadeau and Bengio's correction; bold: the best ratio.\n"]
+    bars = defaultdict(list)
+    for cell in cells:
+        if cell["ratio"]:
+            bars[f"{cell['experiment']}-{cell['strategy']}"].append(cell)
+    for name, found in bars.items():
+        lines.append(chart(out / f"figure4-{name}-{k}.png", found, "{run} 1:{ratio}", "N", "gain",
+                           f"Figure 4, {name}", ("N, real images", "change of AUC, %"), True))
+    scores = defaultdict(list)
+    for row in rows:
+        if "error" in row:
+            lines.append(f"Fold {row['fold']} of N = {row['N']} was left out: {row['error']}\n")
+        for name, value in row.items():
+            if not row["ratio"] and (name == "test" or name.startswith("fidelity")):
+                scores[name, f"{row['run']}, N = {row['N']}"].append(value)
+    found = [{"images": name, "column": column, "auc": np.nanmean(aucs), "sd": np.nanstd(aucs)}
+             for (name, column), aucs in scores.items()]
+    return lines + ["Label fidelity: AUC of classifiers trained on real images alone, on the test "
+                    "images and on synthetic images of sources that they have not seen.\n",
+                    *pivot(found, "{images}", "{column}", "{auc:.3f} ± {sd:.3f}")]
 
 
 # ---- Zero-shot lung segmentation (paper 2.4, Table 2, Figures 5 and 9-12) ----------------------
 
-PAPER_TABLE_2 = """The paper's Table 2 (oracle): mean Dice ± SD in %.
-
-| | Stable Diffusion 1.5 | DiNOv1-Diffusion | DiNOv2-Diffusion | fully supervised |
-|---|---|---|---|---|
-| t, M, tau | 300, 32, 0.5 | 300, 16, 0.05 | 300, 16, 0.05 | |
-| shenzhen | 80.7 ± 15.9 | 84.2 ± 10.5 | 82.3 ± 15.7 | 98.3 |
-| jsrt | 80.9 ± 12.1 | 88.4 ± 6.8 | 84.7 ± 11.3 | 97.9 |
-| montgomery | 77.3 ± 8.8 | 78.3 ± 8.6 | 87.1 ± 3.4 | 97.7 |
-| combined | 80.3 ± 14.2 | 84.4 ± 9.9 | 83.6 ± 13.6 | |
-"""
 OWN_TAU = (0.3, 0.4, 0.5, 0.6)  # CHOICE: taus of an image without a mask, in median divergences
 
 
 def otsu(values) -> int:
     """uint8 -> t, for which the classes <= t and > t have the largest variance [Otsu 1979]."""
-    counts = np.bincount(values.ravel(), minlength=256).astype(float)
-    below = counts.cumsum()
-    moment = (counts * np.arange(256)).cumsum()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        between = (moment[-1] * below / below[-1] - moment) ** 2 / (below * (below[-1] - below))
-    return int(np.nan_to_num(between).argmax())
+    grey = np.arange(256)
+    counts = np.bincount(values.ravel(), minlength=256)
+
+    def variance(t):
+        low, high = counts[:t + 1], counts[t + 1:]
+        if not low.any() or not high.any():
+            return 0
+        means = np.average(grey[:t + 1], weights=low), np.average(grey[t + 1:], weights=high)
+        return low.sum() * high.sum() * (means[0] - means[1]) ** 2
+
+    return max(range(256), key=variance)
 
 
 def otsu_lungs(image) -> np.ndarray:
@@ -1463,145 +1370,128 @@ def open_lungs(s: Segment) -> Measurement:
                        f"mask and were left out; {len(kept)} are scored.")
     if not m.names:
         raise UserError(f"{m.ds.name} has no lung masks; expected a set prepared with them")
-    for what, shared in shared_with(m).items():
-        m.notes += [f"The generator was trained on {len(shared)} {what} of these, masks "
-                    "unused."] * bool(shared)
+    seen = seen_in_training(m)
+    if seen:
+        m.notes.append(f"The generator was trained on {len(seen)} of these images and their "
+                       "patients, masks unused.")
     return m
 
 
-@dataclass
-class Model:
-    """A UNet to segment with: the run's own, or another in its place."""
-
-    name: str
-    open: Callable  # step -> dinodiff.Run
-    steps: list
-    grids: tuple
-    c: Tensor | None = None  # fixed tokens (S, N), where they are not the image's own
+OWN = "this run"  # networks to segment with: this one, UNTRAINED and --init
+UNTRAINED = "untrained"
+OTSU = "Otsu, no network"
 
 
-def models_of(m, s) -> list[Model]:
-    """This run, the untrained network, and --init."""
-    def replaced(unet):
-        return dataclasses.replace(m.run, step=0, unet=dinodiff.freeze(unet, m.run.device))
-
-    def untrained(step):
+def open_model(m, s, name, step):
+    """-> a run with the named UNet, and tokens (S, N) in place of the images' own, or None."""
+    c = None
+    if name == OWN:
+        return dinodiff.load_run(m.run.folder, step, s.device), c
+    if name == UNTRAINED:
         with torch.random.fork_rng():
             torch.manual_seed(s.seed)
-            return replaced(dinodiff.from_scratch(m.run.unet.config))
-
-    def public(step):
-        place = (dinodiff.SD15, "unet") if s.init == "sd15" else (s.init,)
-        unet = UNet.from_pretrained(*place)
+            unet = dinodiff.from_scratch(m.run.unet.config)
+    else:
+        unet = UNet.from_pretrained(f"{dinodiff.SD15}:unet" if name == "sd15" else name)
         width = unet.config.cross_attention_dim
-        if s.context and c.shape[1] != width:
-            raise UserError(f"{s.context}: found tokens of {c.shape[1]} numbers, expected {width}, "
-                            f"those of {s.init}")
-        return replaced(unet)
-
-    own = functools.partial(dinodiff.load_run, m.run.folder, device=s.device)
-    steps = m.run.checkpoints if s.checkpoints == "all" else [m.run.step]
-    found = [Model("this run", own, steps, s.grids), Model("untrained", untrained, [0], s.grids)]
-    if s.init:
         # CHOICE: without --context one zero token: cross-attention adds its bias, and no text.
-        tensors = data.load_tensors(s.context)[0] if s.context else {"context": torch.zeros(1, 1)}
-        c = tensors.get("context", torch.empty(0))
-        if c.ndim != 2:
+        tensors = {"context": torch.zeros(1, width)}
+        if s.context:
+            tensors, _ = data.load_tensors(s.context)
+        c = tensors.get("context")
+        if c is None or c.shape[1:] != (width,):
             raise UserError(f"{s.context}: found the tensors {', '.join(tensors)}, expected "
-                            "`context` of shape (S, N)")
-        found.append(Model(s.init, public, [0], s.init_grids, c))
-    return found
+                            f"`context` of shape (S, {width}) for {name}")
+    return dataclasses.replace(m.run, step=0, unet=dinodiff.freeze(unet, m.run.device)), c
 
 
-def attention_maps(s, model, run, images, t) -> dict[str, Tensor]:
+def attention_maps(s, run, c, images, t) -> dict[str, Tensor]:
     """{"all maps": A (B, S², S²), and of the --last ones}, from one UNet pass."""
     lasts = {"all maps": 0} | ({f"last {s.last} maps": s.last} if s.last else {})
-    c = encode_tokens(run, images)
-    if model.c is not None:
-        c = model.c.to(c).expand(len(c), -1, run.unet.config.cross_attention_dim)
+    own = encode_tokens(run, images)
+    c = own if c is None else c.to(own).expand(len(images), -1, -1)
     return dict(zip(lasts, diffseg.attentions(run, images, c, t, [*lasts.values()])))
 
 
-def segment_image(s, A, M, image, truth) -> list[dict]:
-    """A (S², S²) -> picks and Dice of oracle and rule at each of --thresholds, then of OWN_TAU.
+def score_image(s, A, M, image, truth) -> list[dict]:
+    """A (S², S²) -> Dice and masks ("picks") of oracle and rule at each of --thresholds.
 
-    belief: how much the rule's choice looks like lungs to itself.
+    At last, with tau None, at that of OWN_TAU where the rule's choice looks most like lungs to
+    itself.
     """
     first = diffseg.divergence(A[diffseg.anchors(math.isqrt(len(A)), M).to(A.device)], A)
-    prior = expected_lungs(image)
+    expected = expected_lungs(image)
     found = []
     for tau in (*s.thresholds, *(share * first.median().item() for share in OWN_TAU)):
         masks = diffseg.merge(A, M, tau, first=first)
         masks = diffseg.refine(A, masks) if s.refine else masks
         pool = candidates(diffseg.label(masks, len(image)).cpu().numpy(), s.candidates == "parts")
         best, oracle = select(pool, truth)
-        guess, belief = select(pool, prior)
+        guess, belief = select(pool, expected)
         found.append({"tau": tau, "oracle": oracle, "rule": dice_score(guess, truth.any(0)),
                       "belief": belief, "picks": [best, guess]})
-    return found
+    count = len(s.thresholds)
+    own = max(found[count:], key=lambda one: one["belief"])
+    return [*found[:count], own | {"tau": None}]
 
 
-def score_image(s, model, key, image, truth, maps) -> list[dict]:
-    """A row for each choice of maps, M and tau; tau None: the image's own, as the rule believes."""
+def score_images(m, s, run, c, grids, t, ids) -> list[dict]:
+    """Rows of some images at each setting: maps, M and tau."""
+    images = m.ds.read(ids)
+    maps = attention_maps(s, run, c, images, t)
+
+    def score(k, name, M):
+        found = score_image(s, maps[name][k], M, images[k].numpy(), m.ds.mask(ids[k]))
+        return [{"key": int(ids[k]), "maps": name, "M": M, "tau": row["tau"],
+                 "oracle": row["oracle"], "rule": row["rule"]} for row in found]
+
+    settings = itertools.product(range(len(ids)), maps, grids)
+    with ThreadPoolExecutor(max(1, data.cores() // ranks()[1])) as threads:
+        return list(itertools.chain(*threads.map(score, *zip(*settings))))
+
+
+def measure(m, s, name, step, timesteps, ids) -> list[dict]:
+    """Rows of images: the Dice of each at each t and setting, by one network at one checkpoint."""
+    run, c = open_model(m, s, name, step)
+    side = run.size // run.vae.config.factor
+    batch = max(1, min(16, 2**24 // side**4))  # no more than the maps of one image of 512 px
+    grids = s.init_grids if name == s.init else s.grids
+    depends_on = [name_of(run), [] if c is None else c.tolist(), ids.tolist(), s.thresholds, grids,
+                  s.last, s.candidates, s.refine]
     rows = []
-    for (name, A), M in itertools.product(maps.items(), model.grids):
-        found = segment_image(s, A, M, image, truth)
-        own = max(found[len(s.thresholds):], key=lambda one: one["belief"])
-        for one in [*found[:len(s.thresholds)], own | {"tau": None}]:
-            rows.append({"key": key, "maps": name, "M": M, "tau": one["tau"],
-                         "oracle": one["oracle"], "rule": one["rule"]})
+    for t in timesteps:
+        score = functools.partial(score_images, m, s, run, c, grids, t)
+        found = cached(m.out, "segment", m.key(depends_on, t), lambda: on_all_ranks(
+            ids, batch, score, f"{name}, step {step}, t {t}").tolist())
+        rows += [row | {"step": step, "t": t} for row in found]
     return rows
 
 
-def sweep(m, s, model, run, weights, t, ids) -> list[dict]:
-    """Rows of each image at each setting, of one model at one checkpoint and t."""
-    side = run.size // run.vae.config.factor
-    batch = max(1, min(16, 2**24 // side**4))  # no more than the maps of one image of 512 px
-
-    def score(some):
-        images = m.ds.read(some)
-        maps = attention_maps(s, model, run, images, t)
-        each = [{name: A[k] for name, A in maps.items()} for k in range(len(some))]
-        with ThreadPoolExecutor(max(1, data.cores() // ranks()[1])) as threads:
-            rows = threads.map(functools.partial(score_image, s, model), some.tolist(),
-                               images.numpy(), [m.ds.mask(i) for i in some], each)
-            return list(itertools.chain(*rows))
-
-    key = m.key(weights, [] if model.c is None else model.c.tolist(), t, ids.tolist(),
-                s.thresholds, model.grids, s.last, s.candidates, s.refine)
-    return cached(m.out, "segment", key, lambda: on_all_ranks(
-        ids, batch, score, f"{model.name}, step {run.step}, t {t}").tolist())
+SETTING = ("step", "t", "maps", "M", "tau")
 
 
-def summarise_dice(m, rows, **fields) -> list[dict]:
-    """Rows of images -> a row a setting, selection and set: mean, SD, median and quartiles in %."""
+def summarise_dice(m, rows, model, stage) -> list[dict]:
+    """Rows of images -> a row a set, selection and setting: mean, SD, median, quartiles in %."""
     sets = dict(zip(m.test.tolist(), m.names))
     groups = defaultdict(list)
     for row, by in itertools.product(rows, ("oracle", "rule")):
         for name in (sets[row["key"]], "combined"):
-            groups[name, by, row["maps"], row["M"], row["tau"]].append(100 * row[by])
+            groups[name, by, *map(row.get, SETTING)].append(100 * row[by])
+    base = {"run": m.run.folder.name, "model": model, "stage": stage, "is_headline": False,
+            "protocol": f"{len(m.test)} images of {m.ds.name}, {m.run.size} px"}
     found = []
     for group, dice in sorted(groups.items(), key=lambda item: item[0][0] == "combined"):
         low, median, high = np.percentile(dice, (25, 50, 75)).tolist()
-        found.append(dict(zip(("set", "by", "maps", "M", "tau"), group)) | fields | {
-            "run": m.run.folder.name,
-            "protocol": f"{len(m.test)} images of {m.ds.name}, {m.run.size} px",
+        found.append(base | dict(zip(("set", "by", *SETTING), group)) | {
             "images": len(dice), "dice": float(np.mean(dice)), "sd": float(np.std(dice)),
-            "median": median, "median_low": low, "median_high": high, "is_headline": False})
+            "median": median, "median_low": low, "median_high": high})
     return found
-
-
-def matching(rows, wanted) -> list[dict]:
-    return [row for row in rows if wanted.items() <= row.items()]
 
 
 def best_of(rows, maps="all maps") -> dict:
     """The oracle's row with one tau for all images and the highest mean Dice over all sets."""
     found = matching(rows, {"by": "oracle", "set": "combined", "maps": maps})
     return max(found, key=lambda row: row["dice"] * (row["tau"] is not None))
-
-
-SETTING = ("step", "t", "maps", "M", "tau", "by")
 
 
 def segment(s: Segment) -> None:
@@ -1616,69 +1506,60 @@ def segment(s: Segment) -> None:
     m = open_lungs(s)
     base = min(s.timesteps, key=lambda t: abs(t - 300))
     names = np.array(m.names)
-    few = [subsample(m.test[names == name], s.coarse) for name in dict.fromkeys(m.names)]
+    few = np.concatenate([subsample(m.test[names == name], s.coarse)
+                          for name in dict.fromkeys(m.names)])
     rows = floor_rows(m)
-    for model in models_of(m, s):
-        fixed = m.run.step if m.run.step in model.steps else model.steps[-1]
-        coarse = {step: measure(m, s, model, step, [base], np.concatenate(few), "coarse")
-                  for step in model.steps}
-        ranked = sorted(coarse, key=lambda step: -best_of(coarse[step])["dice"])
-        full = []
+    for name in [s.init] * bool(s.init) + [UNTRAINED, OWN]:  # what may not open comes first
+        fixed = m.run.step if name == OWN else 0
+        steps = m.run.checkpoints if name == OWN and s.checkpoints == "all" else [fixed]
+        coarse = []
+        for step in steps:
+            coarse += summarise_dice(m, measure(m, s, name, step, [base], few), name, "coarse")
+        ranked = sorted(steps, key=lambda step: -best_of(matching(coarse, {"step": step}))["dice"])
+        images = []
         for step in dict.fromkeys([*ranked[:2], fixed]):
-            full += measure(m, s, model, step, s.timesteps, m.test, "full")
+            images += measure(m, s, name, step, s.timesteps, m.test)
+        full = summarise_dice(m, images, name, "full")
+        first_grid = (s.init_grids if name == s.init else s.grids)[0]
         for maps in dict.fromkeys(row["maps"] for row in full):
             best = best_of(full, maps)
-            rule = dict(zip(SETTING, (fixed, base, maps, model.grids[0], None, "rule")))
-            oracle = {key: best[key] for key in SETTING}
+            oracle = {key: best[key] for key in ("by", *SETTING)}
+            rule = dict(zip(("by", *SETTING), ("rule", fixed, base, maps, first_grid, None)))
             for row in [*matching(full, oracle), *matching(full, rule)]:
                 row["is_headline"] = True
-        rows += [*itertools.chain(*coarse.values()), *full]
-        if model.name == "this run":
-            gallery(m, s, model, best_of(full))
-    finish(m, "segment", rows, segment_section)
-
-
-def measure(m, s, model, step, timesteps, ids, stage) -> list[dict]:
-    """Rows of one model at one checkpoint: a row a t, setting, selection and set."""
-    run = model.open(step)
-    weights = name_of(run)
-    rows = []
-    for t in timesteps:
-        rows += summarise_dice(m, sweep(m, s, model, run, weights, t, ids), model=model.name,
-                               step=step, t=t, stage=stage)
-    return rows
+        rows += [*coarse, *full]
+    gallery(m, s, best_of(full), images)
+    finish(m, "segment", rows)
 
 
 def floor_rows(m) -> list[dict]:
-    """What needs no network: Otsu's dark regions, the rule's expectation, the whole picture."""
-    guesses = {"Otsu": otsu_lungs, "expectation": lambda x: expected_lungs(x).max(0) > 0.5,
-               "whole picture": np.ones_like}
+    """What needs no network: Otsu's dark regions."""
     rows = []
-    for i, (name, guess) in itertools.product(m.test.tolist(), guesses.items()):
-        dice = dice_score(guess(m.ds[i]) > 0, m.ds.mask(i).any(0))
-        rows.append({"key": i, "maps": name, "M": 0, "tau": None, "oracle": dice, "rule": dice})
-    found = summarise_dice(m, rows, model="no network", step=0, t=0, stage="full")
+    for i in m.test.tolist():
+        dice = dice_score(otsu_lungs(m.ds[i]), m.ds.mask(i).any(0))
+        rows.append({"key": i, "oracle": dice, "rule": dice})
+    found = summarise_dice(m, rows, OTSU, "full")
     return [row | {"is_headline": True} for row in matching(found, {"by": "rule"})]
 
 
 @torch.no_grad()
-def gallery(m, s, model, best) -> None:
+def gallery(m, s, best, rows) -> None:
     """Figures 5 and 9: the best and worst images of each set at the oracle's best setting."""
-    run = model.open(best["step"])
-    setting = {key: best[key] for key in ("maps", "M", "tau")}
-    dice = {row["key"]: row["oracle"] for row in matching(
-        sweep(m, s, model, run, name_of(run), best["t"], m.test), setting)}
+    run, c = open_model(m, s, OWN, best["step"])
+    found = matching(rows, {key: best[key] for key in SETTING})
+    dice = {row["key"]: row["oracle"] for row in found}
     cells = []
     titles = []
     for name in dict.fromkeys(m.names):
         order = sorted(m.test[np.array(m.names) == name].tolist(), key=dice.get)
         for i in dict.fromkeys([*order[-2:], *order[:2]]):
-            images, truth = m.ds.read([i]), m.ds.mask(i)
-            A = attention_maps(s, model, run, images, best["t"])[best["maps"]][0]
+            images = m.ds.read([i])
             image = images[0].numpy()
-            one = segment_image(s, A, best["M"], image, truth)[s.thresholds.index(best["tau"])]
+            truth = m.ds.mask(i)
+            A = attention_maps(s, run, c, images, best["t"])[best["maps"]][0]
+            [one] = matching(score_image(s, A, best["M"], image, truth), {"tau": best["tau"]})
             for mask in (image < 0, truth.any(0), *one["picks"]):
-                green = mask.reshape(image.shape) * (image // 3)
+                green = mask * (image // 3)
                 cells.append(np.stack([image - green, image, image - green], 2))
             titles.append(f"{name}: {100 * dice[i]:.0f} %")
     captions = ["X-ray", "true lungs", "oracle", "rule"] * len(titles)
@@ -1686,41 +1567,36 @@ def gallery(m, s, model, best) -> None:
         data.save_png(m.out / "figure5-9.png", data.grid(cells, 4, captions, titles))
 
 
-def segment_section(rows, out) -> list[str]:
+def segment_section(rows, out, k=0) -> list[str]:
     """Table 2 and Figures 10-12 of rows of one run or several."""
-    parts, lines = by_protocol(rows)
     title = "{run}: {model}, {by}, {maps} (step {step:,}, t {t}, M {M}, tau {tau})"
-    floor = "no network: {maps}"  # the same for all runs
-    for k, part in enumerate(parts):
-        runs = list(dict.fromkeys(row["run"] for row in part))
-        head = [row | {"tau": row["tau"] or "own"} for row in part if row["is_headline"]]
-        head = [row | {"title": (floor if row["model"] == "no network" else title).format_map(row)}
-                for row in head]
-        lines += ["## Zero-shot lung segmentation (2.4, Table 2)", "",
-                  f"Mean Dice ± SD in %; {part[0]['protocol']}. As the paper's Table 2:\n",
-                  *pivot(matching(head, {"by": "oracle", "maps": "all maps"}), "{set}",
-                         "{run}: {model} (t {t}, M {M}, tau {tau})", "{dice:.1f} ± {sd:.1f}"),
-                  "All ways to choose segments, and what needs no network:\n",
-                  *pivot(head, "{title}", "{set} ({images})", "{dice:.1f} ± {sd:.1f}"),
-                  "Oracle: segments and settings chosen by their Dice with the true lungs, as in "
-                  "the paper. Rule: settings fixed beforehand, segments chosen by where lungs are "
-                  "expected and by darkness; it reads no mask.\n", PAPER_TABLE_2]
-        for run, (number, x) in itertools.product(runs, ((10, "step"), (11, "tau"), (12, "t"))):
-            own = matching(part, {"run": run, "model": "this run",
-                                  "stage": "coarse" if x == "step" else "full"})
-            best = best_of(own)
-            line = [row for row in matching(own, {key: best[key] for key in SETTING if key != x})
-                    if row["tau"] is not None]
-            fixed = ", ".join(f"{key} {best[key]}" for key in ("step", "t", "M", "tau") if key != x)
-            lines.append(chart(out / f"figure{number}-{run}-{k}.png", line, "{set}", x, "median",
-                               f"{run}, oracle, {fixed}: median Dice and quartiles",
-                               (x, "Dice, %")))
-    return lines + ["![Figures 5 and 9: best and worst images](figure5-9.png)\n"]
+    head = [row | {"tau": row["tau"] or "own"} for row in rows if row["is_headline"]]
+    for row in head:
+        row["title"] = OTSU if row["model"] == OTSU else title.format_map(row)
+    lines = ["## Zero-shot lung segmentation (2.4, Table 2)", "",
+             f"Mean Dice ± SD in %; {rows[0]['protocol']}. As the paper's Table 2:\n",
+             *pivot(matching(head, {"by": "oracle", "maps": "all maps"}), "{set}",
+                    "{run}: {model} (t {t}, M {M}, tau {tau})", "{dice:.1f} ± {sd:.1f}"),
+             "All ways to choose segments, and what needs no network:\n",
+             *pivot(head, "{title}", "{set} ({images})", "{dice:.1f} ± {sd:.1f}"),
+             "Oracle: segments and settings chosen by their Dice with the true lungs, as in the "
+             "paper. Rule: settings fixed beforehand, segments chosen by where lungs are expected "
+             "and by darkness; it reads no mask.\n"]
+    runs = dict.fromkeys(row["run"] for row in rows)
+    for run, (number, x) in itertools.product(runs, ((10, "step"), (11, "tau"), (12, "t"))):
+        own = matching(rows, {"run": run, "model": OWN,
+                              "stage": "coarse" if x == "step" else "full"})
+        best = best_of(own)
+        others = {key: best[key] for key in ("by", *SETTING) if key != x}
+        line = [row for row in matching(own, others) if row["tau"] is not None]
+        fixed = ", ".join(f"{key} {value}" for key, value in others.items())
+        lines.append(chart(out / f"figure{number}-{run}-{k}.png", line, "{set}", x, "median",
+                           f"Figure {number}, {run}: {fixed}", (x, "median Dice, quartiles, %")))
+    return lines
 
 
 # ---- Audit: copies of training images, obedience to the condition, Figure 8 --------------------
 
-PIXELS = 32 * 32  # of a thumbnail, which comes first in a vector of the audit; features follow
 COPY = 0.995  # correlation of thumbnails from which two images are called copies
 
 
@@ -1729,12 +1605,6 @@ def thumbnails(images, side=32) -> Tensor:
     x = F.interpolate(images[:, None].float(), (side, side), mode="bilinear", antialias=True)
     x = x.flatten(1)
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
-
-
-def nearest(queries, bank) -> tuple[Tensor, Tensor]:
-    """(q, d), (n, d) -> distance (q,) to the nearest row of `bank`, and its index."""
-    parts = [torch.cdist(part, bank).min(1) for part in queries.split(512)]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 def chance_below(a, b) -> float:
@@ -1750,24 +1620,23 @@ def obedience(made, sources) -> float:
     return chance_below(own[is_other], distance[is_other])
 
 
-def obeyed_steps(made, first, second) -> float:
-    """made (pairs, r, d) from r = 0 to 1: share of steps that lead away from A, or towards B."""
-    away = (made - first[:, None]).norm(dim=2).diff(dim=1) > 0
-    towards = (made - second[:, None]).norm(dim=2).diff(dim=1) < 0
-    return float(torch.cat([away, towards]).double().mean())
-
-
-def likeness(made, sources, bank, real):
-    """Of features of synthetic images, their sources, training images, unseen real images:
-
-    -> figures of copying and obedience, distance to the nearest training image, its index.
-    """
-    distance, index = nearest(made, bank)
-    usual, _ = nearest(real, bank)
+def likeness(distance, usual) -> dict:
+    """Distances to the nearest training image, of synthetic and of unseen real images."""
     return {"distance": float(distance.median()), "usual": float(usual.median()),
             "nearer": 100 * float((distance < usual.quantile(0.05)).double().mean()),
-            "chance": chance_below(distance[:, None], usual),
-            "obedience": obedience(made, sources)}, distance, index
+            "chance": chance_below(distance[:, None], usual)}
+
+
+def vectors(vector, pictures, ids) -> Tensor:
+    """vector(images) of pictures(ids), (n, d), by all ranks."""
+    found = on_all_ranks(ids, 256, lambda some: vector(pictures(some)), "reading")
+    return torch.from_numpy(found)
+
+
+def make(m, s, ds, ids, variant=0) -> Tensor:
+    """A reconstruction of each of ds[ids], by all ranks."""
+    work = functools.partial(reconstruct, ds, s, m.run, variant=variant)
+    return torch.from_numpy(on_all_ranks(ids, s.micro_batch, work, "reconstructions"))
 
 
 @torch.no_grad()
@@ -1777,69 +1646,50 @@ def audit(s: Audit) -> None:
     if m.train is None:
         raise UserError(f"the generator's training images are needed (--train-data). {m.notes[-1]}")
     name, embed, _ = open_features(m, s)
-
-    def vectors(pictures, rows):
-        """Thumbnails and features of pictures(rows), (n, PIXELS + d)."""
-        def both(some):
-            images = pictures(some)
-            return torch.cat([thumbnails(images), embed(images)], 1)
-        return torch.from_numpy(on_all_ranks(rows, 256, both, "reading"))
-
     trained = subsample(np.arange(len(m.train)), s.train_images)
     unseen = subsample(m.test, 4 * s.count)
-    pool = subsample(m.pool, s.train_images)
-    if not any(s.finding in ("", *m.ds.labels[i]) for i in subsample(unseen, s.count)):
+    shown = subsample(unseen, s.count)
+    if not any(s.finding in ("", *m.ds.labels[i]) for i in shown):
         raise UserError(f"no unseen image has the finding {s.finding!r} (--finding)")
-    bank, real = vectors(m.train.read, trained), vectors(m.ds.read, unseen)
+    kinds = {"training images": (m.train, subsample(trained, s.count)),
+             "unseen images": (m.ds, shown)}
+    made = {kind: make(m, s, *source) for kind, source in kinds.items()}
     rows = []
-    cells, titles = [], []
-    for kind, ds, ids, known in (("training images", m.train, trained, bank),
-                                 ("unseen images", m.ds, unseen, real)):
-        picked = subsample(np.arange(len(ids)), s.count)
-        images = make(m, s, ds, ids[picked])
-        made = vectors(images.__getitem__, np.arange(len(images)))
-        for space, part in (("pixels", slice(PIXELS)), (name, slice(PIXELS, None))):
-            figures, distance, index = likeness(made[:, part], known[picked][:, part],
-                                                bank[:, part], real[:, part])
-            rows.append(figures | {"kind": kind, "space": space, "images": len(images)})
+    cells = []
+    titles = []
+    for space, vector in (("pixels", thumbnails), (name, embed)):
+        bank = vectors(vector, m.train.read, trained)
+        usual = torch.cdist(vectors(vector, m.ds.read, unseen), bank).amin(1)
+        for kind, (ds, ids) in kinds.items():
+            images = made[kind]
+            found = vectors(vector, images.__getitem__, np.arange(len(images)))
+            own = vectors(vector, ds.read, ids)
+            distance, index = torch.cdist(found, bank).min(1)
+            rows.append(likeness(distance, usual) | {
+                "kind": kind, "space": space, "images": len(images),
+                "obedience": obedience(found, own)})
             near = distance.argsort()[:8]
             cells += [*images[near], *m.train.read(trained[index[near]])]
             titles += [f"of {kind}", f"nearest by {space}"]
-    far = (made - known[picked])[:, PIXELS:].norm(dim=1).argsort(descending=True)
-    worst = [i for i in unseen[picked[far]] if s.finding in ("", *m.ds.labels[i])][:8]
-    m.notes += [f"Figure 8 is from images with {s.finding} alone (--finding)."] * bool(s.finding)
+    far = (found - own).norm(dim=1).argsort(descending=True)  # of unseen images, by features
+    worst = [i for i in shown[far] if s.finding in ("", *m.ds.labels[i])][:8]
+    if s.finding:
+        m.notes.append(f"Figure 8 is from images with {s.finding} alone (--finding).")
     failures = [m.ds.read(worst), *[make(m, s, m.ds, worst, variant) for variant in range(4)]]
-    rows += [{"kind": "interpolations", "obeyed": interpolate(m, s, unseen[:33])},
-             copies(m, unseen, real, "the generator's training images", m.train, trained, bank),
-             copies(m, unseen, real, "the classifier's training part", m.ds, pool,
-                    vectors(m.ds.read, pool))]
     if ranks()[0] == 0:
         save_sheet(m.out / "audit.png", cells, len(near), titles)
-        save_sheet(m.out / "figure8.png", itertools.chain(*failures), len(worst),
+        save_sheet(m.out / "figure8.png", torch.cat(failures), len(worst),
                    ["real", *[f"variant {k}" for k in range(4)]])
+    pool = subsample(m.pool, s.train_images)
+    copied = {"the generator's training images": copies(m, unseen, m.train, trained),
+              "the classifier's training part": copies(m, unseen, m.ds, pool)}
+    rows += [{"among": among, "copies": names} for among, names in copied.items()]
     base = {"run": m.run.folder.name, "step": m.run.step}
-    leaks = [(f"test images are copies among {row['among']}", row["copies"]) for row in rows[-2:]]
-    for leak in leaks if s.as_paper else []:
-        check_leak(s, m, *leak)
-    finish(m, "audit", [base | row for row in rows], audit_section)
-    for leak in leaks if not s.as_paper else []:  # after writing: what was computed stays
-        check_leak(s, m, *leak)
-
-
-def copies(m, ids, vectors, among, ds, others, bank) -> dict:
-    """A row that names test images whose thumbnails are those of ds[others]."""
-    distance, index = nearest(vectors[:, :PIXELS], bank[:, :PIXELS])
-    hits = np.flatnonzero(1 - distance**2 / 2 >= COPY)  # |a - b|² = 2 - 2 a·b
-    if ds.seed != m.ds.seed:  # phantoms of two seeds, of which two in a million look alike
-        hits = hits[:0]
-    return {"among": among, "copies": [f"{m.ds.keys[ids[k]]} = {ds.keys[others[index[k]]]}"
-                                       for k in hits]}
-
-
-def make(m, s, ds, ids, variant=0) -> Tensor:
-    """A reconstruction of each of ds[ids], by all ranks."""
-    work = functools.partial(reconstruct, ds, s, m.run, variant=variant)
-    return torch.from_numpy(on_all_ranks(ids, s.micro_batch, work, "reconstructions"))
+    try:
+        for among, names in copied.items():
+            check_leak(s, m, f"test images are copies among {among}", names)
+    finally:  # what was computed stays
+        finish(m, "audit", [base | row for row in rows])
 
 
 def save_sheet(path, images, columns, titles) -> None:
@@ -1847,22 +1697,18 @@ def save_sheet(path, images, columns, titles) -> None:
     data.save_png(path, data.grid(cells, columns, None, titles))
 
 
-def interpolate(m, s, ids) -> float:
-    """Share of steps r = 0, 1/4, …, 1 with one noise that lead away from A, or towards B."""
-    c = torch.cat([encode_tokens(m.run, m.ds.read(some)) for some in chunks(ids, s.micro_batch)])
-    path = torch.stack([torch.lerp(c[:-1], c[1:], r) for r in (0, 0.25, 0.5, 0.75, 1)], 1)
-
-    def pictures(pairs):
-        seeds = [seed_of(s.seed, m.ds.keys[ids[k]]) for k in np.repeat(pairs, 5)]
-        return generate(m.run, path[pairs].flatten(0, 1), seeds, s.steps).unflatten(0, (-1, 5))
-
-    made = torch.from_numpy(on_all_ranks(np.arange(len(path)), s.micro_batch // 4, pictures))
-    real = thumbnails(m.ds.read(ids))
-    return obeyed_steps(thumbnails(made.flatten(0, 1)).unflatten(0, (-1, 5)), real[:-1], real[1:])
+def copies(m, ids, ds, others) -> list[str]:
+    """Test images whose thumbnails are those of ds[others], each with what it is a copy of."""
+    if ds.seed != m.ds.seed:  # phantoms of two seeds, of which two in a million look alike
+        return []
+    distance, index = torch.cdist(vectors(thumbnails, m.ds.read, ids),
+                                  vectors(thumbnails, ds.read, others)).min(1)
+    hits = np.flatnonzero(1 - distance**2 / 2 >= COPY)  # |a - b|² = 2 - 2 a·b
+    return [f"{m.ds.keys[ids[k]]} = {ds.keys[others[index[k]]]}" for k in hits]
 
 
-def audit_section(rows, out) -> list[str]:
-    """The tables and pictures of the audit."""
+def audit_section(rows, out, k=0) -> list[str]:
+    """The tables of the audit."""
     lines = ["## Audit: copies, obedience, worst reconstructions (Figure 8)", "",
              *table([row for row in rows if "chance" in row], {
                  "run": "{run}, step {step:,}", "reconstructions of": "{images} {kind}",
@@ -1875,19 +1721,23 @@ def audit_section(rows, out) -> list[str]:
              "A model that copies shows far more than 5 % and a chance far above 0.50. Obedience: "
              "the chance that a reconstruction is nearer to its own source than to another's; 0.50 "
              "is a model that ignores its condition.\n"]
-    lines += [f"{row['run']}: {100 * row['obeyed']:.0f} % of the steps from r = 0 to 1 with one "
-              "noise lead away from A, or towards B.\n" for row in rows if "obeyed" in row]
-    lines += [f"{row['run']}: {len(row['copies'])} test images are copies among {row['among']}"
-              f"{': ' * bool(row['copies'])}{', '.join(row['copies'][:5])}.\n"
-              for row in rows if "copies" in row]
-    return lines + ["![Synthetic images of training and of unseen images, those nearest to a "
-                    "training image, above it](audit.png)\n", "![Figure 8: worst](figure8.png)\n"]
+    for row in rows:
+        if "copies" in row:
+            named = ", ".join(row["copies"][:5]) or "none"
+            lines.append(f"{row['run']}: {len(row['copies'])} test images are copies among "
+                         f"{row['among']}: {named}.\n")
+    return lines
 
 
 # ---- Everything, and the report of one run or several ------------------------------------------
 
 COMMANDS = {"fid": (Fid, fid, fid_section), "classify": (Classify, classify, classify_section),
             "segment": (Segment, segment, segment_section), "audit": (Audit, audit, audit_section)}
+PICTURES = {  # of one run alone, with their titles
+    "fid": {}, "classify": {},
+    "segment": {"figure5-9.png": "Figures 5 and 9: best and worst images"},
+    "audit": {"audit.png": "Synthetic images of training and of unseen images, those nearest to a "
+                           "training image, above it", "figure8.png": "Figure 8: worst"}}
 
 
 @dataclass(frozen=True)
@@ -1903,135 +1753,125 @@ class Report:
     out: str = ""  # folder of the report; empty: RUN/eval, or report/ beside the first of several
 
 
-@dataclass(frozen=True)
-class Convert:
-    source: str = field(default="", metadata={"positional": True})  # a pickled DenseNet, model.pt
-    out: str = "xrv"  # folder for model.safetensors
-
-
 def evaluate_all(s: Everything) -> None:
-    """Every command in turn, then the report; what one cannot do is said, and the others go on."""
+    """Every command in turn, then the report; what one cannot do is said, and the others go on.
+
+    On several ranks it ends the program: the other ranks may already wait for this one.
+    """
     dinodiff.start_ranks(dinodiff.pick_device(s.device))
-    is_alone = ranks()[1] == 1
-    group = None if is_alone else dist.new_group(backend="gloo", timeout=timedelta(seconds=15))
     folder = str(s.run_dir or dinodiff.newest_run())
-    given = dataclasses.asdict(s) | {"run_dir": folder}
+    usual = vars(Everything())
+    given = {key: value for key, value in vars(s).items() if value != usual[key]}
     failed = []
     for name, (kind, function, _) in COMMANDS.items():
         settings = defaults_for(kind, ["--run-dir", folder])
-        changed = {key: value for key, value in given.items()
-                   if hasattr(settings, key) and value != getattr(Everything(), key)}
+        changed = {key: given[key] for key in given if hasattr(settings, key)}
+        changed["run_dir"] = folder
         if name == "segment" and s.lungs:
             changed["data"] = s.lungs
         try:
             function(dataclasses.replace(settings, **changed))
         except UserError as error:
-            try:
-                if not is_alone:
-                    dist.monitored_barrier(group)
-            except RuntimeError:  # this rank alone has failed: it ends the program
-                raise error from None
+            if ranks()[1] > 1:
+                raise UserError(f"{name}: {error}; the other commands go by their names") from None
             note(failed, f"{name} was left out: {error}")
-    if len(failed) == len(COMMANDS):
-        raise UserError("nothing could be measured: " + "; ".join(failed))
     if ranks()[0] == 0:
-        write_report(Report((folder,), s.out), failed)
+        out = Path(s.out or Path(folder, "eval"))
+        write_report([out], out, failed)
 
 
-def write_report(s: Report, notes=()) -> None:
-    """report.md: all sections of one run, or of several side by side as in the paper."""
+def report(s: Report) -> None:
+    """The results of one run, or of several side by side as in the paper."""
     folders = [Path(name) for name in s.run_dir or (dinodiff.newest_run(),)]
-    names = [folder.name for folder in folders]
-    if len(set(names)) < len(names):
+    if len({folder.name for folder in folders}) < len(folders):
         raise UserError(f"found the run folders {', '.join(map(str, folders))}, expected a name "
                         "for each: tables and figures go by it")
     usual = folders[0] / "eval" if len(folders) == 1 else folders[0].parent / "report"
-    out = Path(s.out or usual)
-    is_one = len(folders) == 1 and any((out / f"{name}.json").is_file() for name in COMMANDS)
-    lines = [f"# Evaluation of {', '.join(names)}", "",
-             "No medical device; nothing here is validated for clinical use.\n",
+    write_report([folder / "eval" for folder in folders], Path(s.out or usual))
+
+
+def write_report(places: list[Path], out: Path, notes=()) -> None:
+    """report.md in `out`: each section over all runs, then what belongs to one run alone.
+
+    places: the folder of results of each run. UserError where one of them has none.
+    """
+    found = {name: [read_rows(place / f"{name}.json") for place in places] for name in COMMANDS}
+    for k, place in enumerate(places):
+        if not any(rows[k] for rows in found.values()):
+            raise UserError(f"{place.parent}: no results in {place}, expected those of python "
+                            f"evaluate.py {' | '.join(COMMANDS)}")
+    lines = ["# Evaluation", "", "No medical device; nothing here is validated for clinical use.\n",
              *[f"> {note}\n" for note in notes]]
-    empty = [str(folder) for folder in folders if not is_one and not any(
-        (folder / "eval" / f"{name}.json").is_file() for name in COMMANDS)]
-    rows = {}
-    for name, (_, _, section) in COMMANDS.items() if not empty else ():
-        places = [out if is_one else folder / "eval" for folder in folders]
-        found = [data.read_json(place / f"{name}.json", list) for place in places
-                 if (place / f"{name}.json").is_file()]
-        rows[name] = list(itertools.chain(*found))
-        if not all(isinstance(row, dict) and "run" in row for row in rows[name]):
-            raise UserError(f"{name}.json of {', '.join(map(str, places))}: found no rows that "
-                            f"python evaluate.py {name} writes; run it again")
-        if is_one and found:
-            lines.append(read_text(out / f"{name}.md"))
-        elif found:
-            out.mkdir(parents=True, exist_ok=True)
-            lines += joined(section(rows[name], out), name, places, out)
-    if empty or not any(rows.values()):
-        raise UserError(f"{', '.join(empty)}: no results in eval/, expected those of python "
-                        f"evaluate.py {' | '.join(COMMANDS)}")
-    lines += fid_against_dice(rows, out)
-    paper = Path(__file__).parent / "docs" / "paper_table1.md"
-    lines += [read_text(paper)] if paper.is_file() else []
-    for folder in folders:
-        pictures = [*sorted(folder.glob("samples/*.png"))[-1:], *sorted(folder.glob("eval/*.png"))]
-        lines += [f"- [{folder.name}, {path.name}]({path.resolve()})" for path in pictures]
+    joined = {name: list(itertools.chain(*rows)) for name, rows in found.items()}
+    for name, (_, _, section) in COMMANDS.items():
+        for k, part in enumerate(by_protocol(joined[name])):
+            lines += section(part, out, k)
+        for place, rows in zip(places, found[name]):
+            if rows:
+                lines += own_parts(name, place, out, rows[0]["run"])
+    lines += fid_against_dice(joined["fid"], joined["segment"], out)
+    for page in sorted(Path(__file__).parent.glob("docs/paper_table*.md")):
+        lines.append(page.read_text("utf-8"))
+    for place in places:
+        for path in sorted(place.parent.glob("samples/*.png"))[-1:]:
+            where = os.path.relpath(path, out)
+            lines.append(f"![Samples of {place.parent.name}, {path.stem}]({where})\n")
     data.write_file(out / "report.md", "\n".join(lines) + "\n")
     print(f"-> {out / 'report.md'}")
 
 
-def read_text(path: Path) -> str:
-    """A text of ours, whatever the locale; it may hold a file's name that is no UTF-8."""
-    return path.read_text("utf-8", "surrogateescape")
+def by_protocol(rows) -> list[list]:
+    """Rows in parts that compare; what was measured differently never stands in one table."""
+    parts = defaultdict(list)
+    for row in rows:
+        parts[row.get("protocol")].append(row)
+    return list(parts.values())
 
 
-def joined(lines, name, places, out) -> list[str]:
-    """A section of several runs, with each run's own pictures and the notes of its NAME.md."""
-    found = []
-    for line in lines:
-        shown = re.fullmatch(r"!\[(.*)\]\((.*)\)\n", line)
-        if not shown or (out / shown[2]).is_file():
-            found.append(line)
-            continue
-        for path in [place / shown[2] for place in places if (place / shown[2]).is_file()]:
-            where = os.path.relpath(path, out)
-            found.append(f"{path.parent.parent.name}: {shown[1]}\n\n![{shown[1]}]({where})\n")
-    notes = defaultdict(list)
-    for path in [place / f"{name}.md" for place in places if (place / f"{name}.md").is_file()]:
-        for line in read_text(path).splitlines():
-            if line.startswith("> ") and f"{line}\n" not in lines:
-                notes[line[2:]].append(path.parent.parent.name)
-    return found + [f"> {', '.join(names)}: {text}\n" for text, names in notes.items()]
+def read_rows(path: Path) -> list[dict]:
+    """The rows that a command wrote; none where it has not run."""
+    rows = data.read_json(path, list) if path.is_file() else []
+    if not all(isinstance(row, dict) and "run" in row for row in rows):
+        raise UserError(f"{path}: found no rows that python evaluate.py {path.stem} writes; run it "
+                        "again")
+    return rows
 
 
-def fid_against_dice(rows, out) -> list[str]:
+def own_parts(name, place, out, run) -> list[str]:
+    """The pictures of one run and the notes in its NAME.md."""
+    lines = []
+    for file, title in PICTURES[name].items():
+        if (place / file).is_file():
+            lines.append(f"{run}: {title}\n\n![{title}]({os.path.relpath(place / file, out)})\n")
+    page = place / f"{name}.md"
+    # It may hold a file's name that is no UTF-8.
+    text = page.read_text("utf-8", "surrogateescape") if page.is_file() else ""
+    return lines + [f"> {run}: {line[2:]}\n" for line in text.splitlines() if line[:2] == "> "]
+
+
+def fid_against_dice(fids, segments, out) -> list[str]:
     """B.2: does a better FID segment better? A line a run over its checkpoints."""
     dice = defaultdict(float)
-    for row in matching(rows["segment"], {"model": "this run", "by": "oracle", "maps": "all maps",
-                                          "set": "combined", "stage": "coarse"}):
+    for row in matching(segments, {"model": OWN, "by": "oracle", "maps": "all maps",
+                                   "set": "combined", "stage": "coarse"}):
         key = row["run"], row["step"]  # the coarse sweep is the same for all checkpoints
         dice[key] = max(dice[key], row["dice"])
-    found = [row | {"best_dice": dice[row["run"], row["step"]]}
-             for row in matching(rows["fid"], {"kind": "reconstruction"})
-             if (row["run"], row["step"]) in dice]
-    return [chart(out / f"fid-dice-{k}.png", part, "{run}", "fid", "best_dice",
+    found = []
+    for row in matching(fids, {"kind": "reconstruction"}):
+        if (row["run"], row["step"]) in dice:
+            fields = dict.fromkeys(("dice", "dice_low", "dice_high"), dice[row["run"], row["step"]])
+            found.append(row | fields | {"fid": round(row["fid"], 2)})
+    return [chart(out / f"fid-dice-{k}.png", part, "{run}", "fid", "dice",
                   f"Dice against FID over checkpoints (B.2), {part[0]['protocol']}",
-                  ("FID", "best Dice, %"), is_even=False)
-            for k, part in enumerate(by_protocol(found)[0]) if len(part) > 1]
-
-
-def convert(s: Convert) -> None:
-    """A pickled DenseNet -> safetensors, without running it."""
-    DenseNet.from_pretrained(s.source).save_pretrained(s.out)
-    print(f"-> {s.out}/model.safetensors; use it with --xrv {s.out}")
+                  ("FID, ascending", "best Dice, %"))
+            for k, part in enumerate(by_protocol(found)) if len(part) > 1]
 
 
 def main(argv=None) -> None:
     commands = {name: (functools.partial(defaults_for, kind), function)
                 for name, (kind, function, _) in COMMANDS.items()}
     data.command_line(__doc__, {"": (Everything(), evaluate_all), **commands,
-                                "report": (Report(), write_report),
-                                "convert": (Convert(), convert)}, argv)
+                                "report": (Report(), report)}, argv)
 
 
 if __name__ == "__main__":

@@ -244,15 +244,20 @@ def test_vae_works_in_parts_whose_activations_can_be_indexed(monkeypatch):
         assert largest_activation(small.decode, mean) == 2 * 32 * 32 * 16
 
 
+def set_of(folder: Path, name: str, images):
+    """A data set of images uint8 (S, S) with the keys name0, name1, …"""
+    samples = [Sample(f"{name}{i}", image) for i, image in enumerate(images)]
+    write_shard(folder / "a.tar", samples)
+    index_folder(folder)
+    return open_data(str(folder), len(images[0]))
+
+
 @pytest.fixture(scope="module")
 def nets_waves(tmp_path_factory):
     """A data set of 16 px pictures of waves."""
-    folder = tmp_path_factory.mktemp("waves")
     y, x = np.mgrid[:16, :16]
     waves = [np.uint8(127 + 120 * np.sin(0.3 * i + 0.4 * x + 0.2 * y)) for i in range(24)]
-    data.write_shard(folder / "a.tar", [data.Sample(f"{i:02d}", w) for i, w in enumerate(waves)])
-    data.index_folder(folder)
-    return data.open_data(str(folder), 16)
+    return set_of(tmp_path_factory.mktemp("waves"), "wave", waves)
 
 
 TINY_VAE = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
@@ -280,28 +285,6 @@ def test_vae_training_lowers_the_error_and_restarts_to_equal_weights(nets_waves,
         mean, logvar = first.encode(data.to_model(nets_waves.read(np.arange(24))))
     sd = (mean.var() + logvar.exp().mean()).sqrt()
     assert 0.8 < first.config.scaling_factor * sd < 1.25, "scaled latents have unit variance"
-
-
-def test_vae_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop(nets_waves, monkeypatch):
-    """A finite loss with a NaN gradient reaches the weights unless the norm is looked at, too."""
-    honest = vae_file.vae_loss
-    calls = []
-
-    def loss_with_a_pole(x, reconstruction, mean, logvar, settings):
-        calls.append(None)
-        loss = honest(x, reconstruction, mean, logvar, settings)
-        return loss + (mean * 0).sum().sqrt() if len(calls) in bad else loss  # slope of √0
-
-    monkeypatch.setattr(vae_file, "vae_loss", loss_with_a_pole)
-    bad = range(2, 25, 2)  # twelve, never two in a row
-    log = []
-    net = train_vae(TINY_VAE, dataclasses.replace(WAVES, steps=24), nets_waves, "cpu", log.append)
-    assert all(p.isfinite().all() for p in net.parameters())
-    assert [row["step"] for row in log if row.get("skipped")] == [*bad]
-    assert all(math.isfinite(row["loss"]) for row in log), "the loss alone would not have told"
-    bad = range(27, 100)  # from the third step of the next training
-    with pytest.raises(UserError, match="10 steps in a row.*step 12"):
-        train_vae(TINY_VAE, WAVES, nets_waves, "cpu", log.append)
 
 
 # ---- Weights files -------------------------------------------------------------------------------
@@ -776,8 +759,9 @@ def test_vit_other_files_are_refused_with_their_keys(tmp_path):
             ViT.from_pretrained(tmp_path / "a.bin")
 
 
-def test_vit_prepare_is_the_encoders_own_preprocessing(tmp_path):
-    """Another filter, no antialiasing, ImageNet's constants for RAD-DINO, [-1, 1] for [0, 1]."""
+def test_vit_prepare_is_the_encoders_own_and_does_not_overshoot(tmp_path):
+    """Another filter, no antialiasing, ImageNet's constants for RAD-DINO, [-1, 1] for [0, 1].
+    Bicubic gives values beyond black and white at edges, which no film and no training had."""
     config = ViTConfig("dinov2", 28, 14, 32, 1, 2, layer_scale=True, eps=1e-6,
                        interpolation="bicubic", mean=(0.53,) * 3, std=(0.26,) * 3)
     ViT(config).save_pretrained(tmp_path)
@@ -787,14 +771,9 @@ def test_vit_prepare_is_the_encoders_own_preprocessing(tmp_path):
     want = np.asarray(Image.fromarray(image).resize((28, 28), Image.BICUBIC)) / 255
     got = net.prepare(to_model(torch.from_numpy(image)[None])) * 0.26 + 0.53
     assert np.abs(got[0, 1].numpy() - want).max() < 1.01 / 255  # Pillow rounds to 8 bits
-
-
-def test_vit_prepare_does_not_overshoot():
-    """Bicubic gives values beyond black and white at edges, which no film and no training had."""
-    config = ViTConfig(**VIT_SMALL, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
-    edge = torch.ones(1, 3, 20, 20)
-    edge[..., 10:] = -1
-    assert ViT(config).prepare(edge).abs().max() <= 1
+    edge = torch.ones(1, 3, 40, 40)
+    edge[..., 20:] = -1
+    assert (net.prepare(edge) * 0.26 + 0.53 - 0.5).abs().max() < 0.5 + 1e-6
 
 
 def test_vit_attention_is_scaled_softmax_and_global_tokens_come_first():
@@ -829,11 +808,7 @@ def dino_discs(count, seed=0, size=32):
 
 @pytest.fixture(scope="module")
 def dino_set(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("discs")
-    images = enumerate(dino_discs(2000).numpy())
-    write_shard(folder / "discs-00000.tar", [Sample(f"disc{i}", image) for i, image in images])
-    index_folder(folder)
-    return open_data(str(folder), 32)
+    return set_of(tmp_path_factory.mktemp("discs"), "disc", dino_discs(2000).numpy())
 
 
 def dino_crops(images, size, scale, jitter, *seed):
@@ -868,10 +843,16 @@ def test_dino_loss_is_the_mean_over_pairs_of_different_views():
     assert torch.allclose(dino_loss(targets, cosines, DINO_SHORT), torch.stack(want).mean())
 
 
-def test_dino_started_again_gives_equal_weights_that_open_in_transformers(dino_set, tmp_path):
-    """A random number that is no function of (seed, step); a trained ViT of no use outside."""
+def test_dino_started_again_gives_equal_weights_that_open_in_transformers(
+        dino_set, tmp_path, monkeypatch):
+    """A random number that is no function of (seed, step), as the same crops in every step; a
+    trained ViT of no use outside."""
     rows = []
+    seeds = []
+    monkeypatch.setattr(vit, "crops", preceded(
+        crops, lambda call, images, *options: seeds.append(options[-1].initial_seed())))
     first = train_dino(DINO_NET, DINO_SHORT, dino_set, "cpu", rows.append)
+    assert len(set(seeds)) == 8
     torch.manual_seed(99)
     again = train_dino(DINO_NET, DINO_SHORT, dino_set, "cpu", rows.append)
     assert rows[:8] == rows[8:] and [row["step"] for row in rows[:8]] == list(range(1, 9))
@@ -885,32 +866,38 @@ def test_dino_started_again_gives_equal_weights_that_open_in_transformers(dino_s
     assert torch.allclose(first(x), vit_their_tokens(theirs, x), atol=1e-5)
 
 
-def test_dino_skips_a_step_that_is_not_finite_and_draws_each_step_anew(dino_set, monkeypatch):
-    """A finite loss with a NaN gradient reaches the weights; the same crops in every step."""
+@pytest.mark.parametrize("stage", ["vae", "vit"])
+def test_a_stage_skips_steps_that_are_not_finite_and_ten_in_a_row_stop_it(
+        stage, nets_waves, dino_set, monkeypatch, tmp_path):
+    """A finite loss with a NaN gradient reaches the weights unless the norm is looked at, too. A
+    stage of fewer steps that are all bad would leave a net of random numbers."""
+    trainings = {"vae": (vae_file, "vae_loss", train_vae, TINY_VAE, WAVES, nets_waves),
+                 "vit": (vit, "dino_loss", train_dino, DINO_NET, DINO_SHORT, dino_set)}
+    module, name, train_net, config, settings, ds = trainings[stage]
+    honest = getattr(module, name)
+    calls = []
+
+    def loss_with_a_pole(a, b, *rest):
+        calls.append(None)
+        loss = honest(a, b, *rest)
+        return loss + (0 * b.sum()).sqrt() if len(calls) in bad else loss  # the slope of √0
+
+    def train_with(log, steps):
+        calls.clear()
+        return train_net(config, dataclasses.replace(settings, steps=steps), ds, "cpu", log)
+
+    monkeypatch.setattr(module, name, loss_with_a_pole)
+    bad = range(2, 25, 2)  # twelve, never two in a row
     rows = []
-    seeds = []
-
-    def noted(images, *options):
-        seeds.append(options[-1].initial_seed())
-        return crops(images, *options)
-
-    def damaged(targets, cosines, s):
-        loss = dino_loss(targets, cosines, s)
-        return loss + (0 * cosines.sum()).sqrt() if len(rows) in (2, 3) else loss
-    monkeypatch.setattr(vit, "dino_loss", damaged)
-    monkeypatch.setattr(vit, "crops", noted)
-    net = train_dino(DINO_NET, DINO_SHORT, dino_set, "cpu", rows.append)
-    assert [row["skipped"] for row in rows] == [False, False, True, True] + [False] * 4
-    assert math.isfinite(rows[2]["loss"]) and all(p.isfinite().all() for p in net.parameters())
-    assert len(set(seeds)) == 8
-
-
-@pytest.mark.parametrize("steps", [4, 30])
-def test_dino_stops_when_nothing_is_finite_any_more(steps, dino_set):
-    """Training on to the end with NaN weights, and a run that holds them."""
-    settings = DinoSettings(**vars(DINO_SHORT) | {"lr": 1e30, "steps": steps})
-    with pytest.raises(UserError, match="not finite in .* steps in a row.*disc.*1e\\+30"):
-        train_dino(DINO_NET, settings, dino_set, "cpu", lambda row: None)
+    net = train_with(rows.append, 24)
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert [row["step"] for row in rows if "skipped" in row] == [*bad]
+    assert all(math.isfinite(row["loss"]) for row in rows), "the loss alone would not have told"
+    for first, steps, last in ((3, 30, 12), (1, 4, 4)):
+        bad = range(first, 100)
+        log = dinodiff.Log(SimpleNamespace(run_dir=tmp_path), stage, steps)
+        with pytest.raises(UserError, match=f"in a row, up to step {last} .* (wave|disc)[0-9]+, "):
+            train_with(log.write, steps)
 
 
 def test_dino_learns_to_know_an_image_by_any_view_of_it(dino_set):
@@ -1312,7 +1299,7 @@ def test_two_ranks_that_start_apart_equal_one(workshop):
     moments = [name for name in one if name.endswith("exp_avg")]
     for name in moments:  # after one step this is (1 - β1) times the gradient
         assert (one[name] - two[name]).norm() <= 1e-5 * one[name].norm() + 1e-12, name
-    views = [sorted(Path(run, "views").glob("*.npy")) for run in ("rank", "ranks")]
+    views = [sorted(Path(run, "views").glob("*.s*")) for run in ("rank", "ranks")]
     assert moments and len(views[0]) == len(views[1]) == 2
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*views))
     flags = ("--micro-batch", "2", "--steps", "5", "--views", "2")
@@ -1360,7 +1347,7 @@ def test_train_stopped_or_out_of_disk_goes_on(workshop, flags, options, left):
     name = f"left{left}"
     if left == 3:
         workshop.train(name, steps=3)
-    printed = workshop.finish(name, "--checkpoint-every", "99", *flags, **options)
+    printed = workshop.finish(name, "--checkpoint-every", "6", *flags, **options)
     assert "Traceback" not in printed and ("could not write" in printed) == (left == 3)
     assert dinodiff.checkpoint_steps(name) == [left]
     assert is_like_whole(workshop.train(name)) and not list(Path(name).rglob("*.partial"))
@@ -1369,7 +1356,7 @@ def test_train_stopped_or_out_of_disk_goes_on(workshop, flags, options, left):
 def test_the_noise_of_a_step_is_a_function_of_seed_and_step_alone():
     """The same noise at every step, which a UNet learns by heart, or that of the global generator,
     which a resumed run draws anew."""
-    draws = [dinodiff.draw_step(dataclasses.replace(SMALL, seed=seed), step, (64, 4, 4, 4), "cpu")
+    draws = [dinodiff.draw_step(dataclasses.replace(SMALL, seed=seed, batch=64), step, (4,), "cpu")
              for seed, step in ((3, 5), (4, 5), (3, 6), (3, 5))]
     assert all(map(torch.equal, draws[0], draws[3]))
     for other in draws[1:3]:
@@ -1433,7 +1420,7 @@ def test_a_step_from_views_equals_a_step_online(workshop, monkeypatch, augment, 
     latents = keep_latents(monkeypatch)
     stored = workshop.train(f"stored{steps}", views=1, **options)
     online = workshop.train(f"online{steps}", views=0, **options)
-    assert len(list(stored.glob("views/*.npy"))) == 3
+    assert len(list(stored.glob("views/*.s*"))) == 3
     difference = torch.cat(latents[:steps]) - torch.cat(latents[steps:])
     assert difference.abs().max() < 1e-2, "float16 differs by rounding alone"
     assert np.allclose(losses_of(stored), losses_of(online), atol=2e-3)
@@ -1444,7 +1431,7 @@ def test_views_are_completed_refused_when_foreign_and_named_when_damaged(worksho
     monkeypatch.setattr(dinodiff, "VIEW_BLOCK", 10)
     shutil.copytree("xrays", "changing")
     options = {"data": "changing", "views": 2}
-    files = sorted(workshop.train("seen", steps=1, **options).glob("views/*.npy"))
+    files = sorted(workshop.train("seen", steps=1, **options).glob("views/*.s*"))
     content = files[1].read_bytes()
     files[1].unlink()
     before = files[2].stat().st_mtime_ns
@@ -1490,17 +1477,17 @@ def test_ten_steps_that_are_not_finite_stop_and_a_lower_rate_goes_on(workshop):
     assert dinodiff.checkpoint_steps("huge") == [3] and is_like_whole(workshop.train("huge"))
 
 
-def test_a_grid_lost_to_a_kill_is_drawn_and_another_spelling_of_a_path_goes_on(
+def test_a_grid_is_there_before_its_checkpoint_and_another_spelling_of_a_path_goes_on(
         workshop, monkeypatch):
     """Killed between a checkpoint and its picture, a run had no picture; ./x was another set than
     x."""
     drawn = []
-    monkeypatch.setattr(dinodiff, "save_grid", lambda run, ds: drawn.append(run.step))
+    monkeypatch.setattr(dinodiff, "save_grid", lambda run, ds: drawn.append(run.checkpoints))
     run = workshop.begin("grids", "config.json", "log.jsonl", "checkpoints")
+    shutil.rmtree(run / LAST)
     workshop.train("grids", data="./xrays")
-    data.write_file(run / "samples/step-0000012.png", b"a picture")
     workshop.train("grids", data=str(Path("xrays").absolute()))
-    assert drawn == [12] and is_like_whole(run)
+    assert drawn == [[3, 6, 9]] and is_like_whole(run)
 
 
 def spoil_file(path: Path, how: str) -> None:
@@ -1688,9 +1675,9 @@ def test_bench_counts_work_and_memory_of_the_paper():
     """0.80 TFLOP a UNet pass; activations on CUDA, where norms are float32 under autocast."""
     assert 0.75e12 < dinodiff.count_flops(dinodiff.PAPER)["UNet forward"] < 0.85e12
     eager = dataclasses.replace(dinodiff.PAPER, compile=False)
-    plan = dinodiff.memory_plan(eager, UNetConfig(), 64, 1)
+    plan = dinodiff.memory_plan(eager, UNetConfig(), 1)
     assert 0.9 * 73 < float(plan.split("activations ")[1].split(")")[0]) < 1.1 * 73, plan
-    assert "optimizer 1.8" in plan and "weights and gradients 6.9" in plan
+    assert "weights 3.4, gradients 3.4, average 0.0, optimizer 1.8" in plan
 
 
 # ==== Data =======================================================================================
@@ -1714,20 +1701,30 @@ def data_xray(i=0, height=90, width=70):
     return (127 + wave + 40 * (x / width - 0.5)).clip(0, 255).astype(np.uint8)
 
 
-def data_folder(folder, count, suffix="png"):
+def data_pictures(folder, files):
+    """PNG or GIF files of {name: array}."""
+    for name, array in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(folder / name)
+
+
+def data_folder(folder, count):
     """X-rays x000…, with a CSV of patients and labels beside them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = ["file,patient,labels"]
-    for i in range(count):
-        Image.fromarray(data_xray(i)).save(folder / f"x{i:03d}.{suffix}")
-        lines.append(f"{folder.name}/x{i:03d}.{suffix},p{i // 2},{'|'.join(['A', 'B'][:i % 3])}")
-    (folder.parent / f"{folder.name}.csv").write_text("\n".join(lines))
+    data_pictures(folder, {f"x{i:03d}.png": data_xray(i) for i in range(count)})
+    lines = [f"{folder.name}/x{i:03d}.png,p{i // 2},{'|'.join(['A', 'B'][:i % 3])}"
+             for i in range(count)]
+    folder.with_suffix(".csv").write_text("\n".join(["file,patient,labels", *lines]))
     return folder
 
 
+def data_prepare(source, out, **settings):
+    """Prepare at 32 px and open."""
+    data.prepare(data.Prepare(str(source), str(out), 32, workers=1, **settings))
+    return data.open_data(str(out), 32)
+
+
 def data_prepared(tmp_path, count=23, per_shard=5):
-    data.prepare(data.Prepare(str(data_folder(tmp_path / "found", count)), str(tmp_path / "shards"),
-                              32, per_shard=per_shard, workers=1))
+    data_prepare(data_folder(tmp_path / "found", count), tmp_path / "shards", per_shard=per_shard)
     return tmp_path / "shards"
 
 
@@ -1742,19 +1739,6 @@ def data_tar(path, files):
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return path
-
-
-def data_pictures(folder, files):
-    """PNG or GIF files of {name: array}."""
-    for name, array in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(folder / name)
-
-
-def data_prepare(source, out, **settings):
-    """Prepare at 32 px and open."""
-    data.prepare(data.Prepare(str(source), str(out), 32, workers=1, **settings))
-    return data.open_data(str(out), 32)
 
 
 # ---- Command line, small files, surroundings ----
@@ -1836,30 +1820,13 @@ def test_output_that_knows_ascii_alone_is_no_traceback(monkeypatch):
     assert out.buffer.getvalue() == b"\\xe9 \\u2192 \\udcff\n"
 
 
-def test_data_cache_and_lock_without_home_and_in_shared_places(tmp_path, monkeypatch):
-    """Would catch a traceback without HOME, a cache that others could fill, and followed links."""
-    monkeypatch.setenv("DINODIFF_CACHE", "/proc/nowhere")
-    monkeypatch.setenv("HOME", "/proc/nowhere")
-    monkeypatch.setattr(data.tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = data.cache_folder()
-    assert folder.parent == tmp_path and stat.S_IMODE(folder.stat().st_mode) == 0o700
-    folder.chmod(0o777)
-    with pytest.raises(UserError, match="DINODIFF_CACHE"):
-        data.cache_folder()
-    (tmp_path / "private").mkdir(mode=0o700)
-    folder.rmdir()
-    folder.symlink_to(tmp_path / "private")
-    with pytest.raises(UserError, match="DINODIFF_CACHE"):
-        data.cache_folder()
-    (tmp_path / ".a.lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError), data.locked(tmp_path / "a"):
-        pass
-    assert not (tmp_path / "victim").exists()
-    code = "import os, data; os.setuid(54321); print(data.cache_folder())"
-    if os.getuid() == 0:
-        ran = subprocess.run([sys.executable, "-c", code], cwd=DATA_FILE.parent, text=True,
-                             capture_output=True, env={"PATH": "", "TMPDIR": "/tmp"})
-        assert "54321" in ran.stdout, ran.stderr
+def test_data_cache_that_cannot_be_written_is_one_message(monkeypatch):
+    """Would catch a traceback without HOME, or files in a folder that others could fill."""
+    for name, place in (("DINODIFF_CACHE", "/proc/nowhere"), ("HOME", "/proc/nowhere")):
+        monkeypatch.setenv(name, place)
+        with pytest.raises(UserError, match="set DINODIFF_CACHE"):
+            data.cache_folder()
+        monkeypatch.delenv("DINODIFF_CACHE", raising=False)
 
 
 def test_data_lock_lets_one_process_in(tmp_path):
@@ -1876,14 +1843,10 @@ def test_data_lock_lets_one_process_in(tmp_path):
         list(pool.map(work, range(4)))
 
 
-def data_die(k):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_data_a_killed_worker_is_one_message(monkeypatch):
     """Would catch a traceback, or a wait for ever, where the system kills a worker."""
     with pytest.raises(UserError, match="a worker process was killed"):
-        data.run_jobs(data_die, [(1,), (2,)], "working", 2)
+        data.run_jobs(os._exit, [(1,), (2,)], "working", 2)
     fork = data.get_context("fork")  # a worker by "spawn" imports torch first
     monkeypatch.setattr(data, "get_context", lambda start: fork)
     m = SimpleNamespace(run=SimpleNamespace(device=torch.device("cpu")))
@@ -1892,44 +1855,26 @@ def test_data_a_killed_worker_is_one_message(monkeypatch):
         evaluate.train_all(SimpleNamespace(workers=2), m, jobs)
 
 
-@contextlib.contextmanager
-def data_pipes(folder, *names):
-    """Named pipes. A process, as libraries may wait with all threads stopped, sets free whoever
-    opens one, and tells."""
-    paths = [folder / name for name in names]
-    for path in paths:
-        os.mkfifo(path)
-    told = Path(f"{folder}.told")
-    parent = os.getpid()
-    watcher = os.fork()
-    while watcher == 0:
-        if os.getppid() != parent:
-            os._exit(0)
-        for path in paths:
-            with contextlib.suppress(OSError):  # nobody waits at its other end
-                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-                told.write_text(path.name)
-        time.sleep(0.02)
-    try:
-        yield
-    finally:
-        os.kill(watcher, signal.SIGKILL)
-        os.waitpid(watcher, 0)
-    assert not told.exists(), told.read_text()
-
-
 def test_only_regular_files_are_opened(tmp_path):
     """Would catch a wait for ever: a stranger's folder may hold pipes under any name."""
     data_tar(tmp_path / "a.tar", {"k.png": data.encode(data_xray())})
-    with data_pipes(tmp_path, "x.png", "x.csv", "b.tar", data.INDEX, "model.safetensors",
-                    "config.json"):
+    for name in ("x.png", "b.tar", data.INDEX, "model.safetensors", "config.json"):
+        os.mkfifo(tmp_path / name)
+
+    def read_all():
         assert list(data.open_data(str(tmp_path), 16).keys) == ["k"]
         assert list(data.open_data(str(tmp_path / "*.tar"), 16).keys) == ["k"]
-        for read, name in ((data.load_image, "x.png"), (data.read_labels, "x.csv"),
+        for read, name in ((data.load_image, "x.png"), (data.read_labels, "x.png"),
                            (data.read_json, "config.json"), (data.load_tensors, data.INDEX),
                            (read_weights, ""), (read_weights, "model.safetensors")):
             with pytest.raises(UserError):
                 read(tmp_path / name)
+
+    process = data.get_context("fork").Process(target=read_all)  # a library may wait unstoppably
+    process.start()
+    process.join(30)
+    process.kill()
+    assert process.exitcode == 0
 
 
 # ---- Weights files ----
@@ -1948,27 +1893,30 @@ def test_weights_index_names_files_of_its_own_folder_alone(tmp_path, index):
         read_weights(tmp_path / "net")
 
 
-def data_hub(tmp_path, monkeypatch, repository, files, kind="models"):
-    """A snapshot in the hub's cache, as `hf download` leaves it."""
-    place = tmp_path / "hub" / f"{kind}--{repository.replace('/', '--')}"
-    snapshot = place / "snapshots" / ("0" * 40)
-    for name, content in files.items():
-        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-        (snapshot / name).write_bytes(content)
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text("0" * 40)
+def test_hub_snapshots_open_without_network_and_flag(tmp_path, monkeypatch):
+    """Would catch a wait of 23 s for a network, a cached model or data set that is not found, and a
+    message that does not say what to download."""
+    write_weights(tmp_path / "net", {"a": 1}, {"a": torch.ones(1)}, "model.safetensors")
+    shards = data_prepared(tmp_path)
+    for kind, folder in (("models--me--net", tmp_path / "net"), ("datasets--me--xrays", shards)):
+        place = tmp_path / "hub" / kind  # as `hf download` leaves it
+        shutil.copytree(folder, place / "snapshots" / ("0" * 40) / "sub")
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("0" * 40)
     for module in ("constants", "file_download.constants", "_snapshot_download.constants"):
         monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(tmp_path / "hub"))
-
-
-def test_hub_snapshot_opens_without_network_and_flag(tmp_path, monkeypatch):
-    """Would catch a wait of 23 s for a network, or a cached model that is not found."""
-    write_weights(tmp_path / "net", {"a": 1}, {"a": torch.ones(1)}, "model.safetensors")
-    files = {f"unet/{path.name}": path.read_bytes() for path in (tmp_path / "net").iterdir()}
-    data_hub(tmp_path, monkeypatch, "me/net", files)
     begin = time.time()
-    config, state, _ = read_weights("me/net", "unet")
-    assert config == {"a": 1} and list(state) == ["a"] and time.time() - begin < 20
+    config, state, _ = read_weights("me/net", "sub")
+    assert config == {"a": 1} and list(state) == ["a"]
+    local = data.open_data(str(shards), 32)
+    cached = data.open_data("hf://datasets/me/xrays/sub/*.tar", 32)
+    assert cached.keys == local.keys and (cached[7] == local[7]).all()
+    for spec in ("xrays/test", "others"):
+        name = spec.split("/")[0]
+        with pytest.raises(UserError, match=f"hf download me/{name} --repo-type dataset"):
+            data.open_data(f"hf://datasets/me/{spec}/*.tar", 32)
+    assert time.time() - begin < 20
+    assert len(data_prepare("hf://datasets/me/xrays/sub/*.tar", tmp_path / "again")) == 23
 
 
 # ---- Pictures ----
@@ -1978,8 +1926,9 @@ def test_hub_snapshot_opens_without_network_and_flag(tmp_path, monkeypatch):
     ("png", "L"), ("png", "RGB"), ("png", "RGBA"), ("png", "P"), ("png", "LA"), ("png", "1"),
     ("jpg", "L"), ("jpg", "CMYK"), ("webp", "RGB"), ("gif", "P"), ("tif", "L"), ("bmp", "L"),
     ("jp2", "L")])
-def test_every_8_bit_format_reads_as_the_same_grey(tmp_path, suffix, mode):
-    """Would catch a palette's indices read as grey, alpha that blackens, or an inverted CMYK."""
+def test_every_8_bit_format_reads_as_the_same_grey_or_not_at_all(tmp_path, suffix, mode):
+    """Would catch a palette's indices read as grey, alpha that blackens, an inverted CMYK, or half
+    an image padded with grey in the training data."""
     image = Image.fromarray(data_xray())
     image = image.convert("RGB").quantize(256) if mode == "P" else image.convert(mode)
     if mode == "RGBA":
@@ -1989,7 +1938,11 @@ def test_every_8_bit_format_reads_as_the_same_grey(tmp_path, suffix, mode):
     read = data.load_image(tmp_path / f"x.{suffix}")
     expected = np.array(image) * 255.0 if mode == "1" else data_xray().astype(float)
     assert read.dtype == np.uint8 and np.abs(read - expected).max() <= 12
-    assert (data.load_image((tmp_path / f"x.{suffix}").read_bytes()) == read).all()
+    content = (tmp_path / f"x.{suffix}").read_bytes()
+    assert (data.load_image(content) == read).all()
+    for cut in (0, 3, len(content) // 2):
+        with pytest.raises(data.Unreadable):
+            data.load_image(content[:cut])
 
 
 def data_tiff(pixels, sample_format, photometric=1):
@@ -2059,7 +2012,7 @@ def test_constant_images_are_reported(tmp_path, capsys):
     assert "same value" in data.read_json(tmp_path / "out/unreadable.json")["black.png"]
     data_tar(tmp_path / "s.tar", {"white.png": data.encode(data_xray() * 0 + 255)})
     with pytest.raises(UserError, match="1 images, problems: 1"):
-        data.check(data.Check(str(tmp_path / "s.tar"), workers=1))
+        data.check(data.Check(str(tmp_path / "s.tar")))
     assert "white: every pixel has the same value" in capsys.readouterr().out
 
 
@@ -2110,7 +2063,7 @@ PADDING = {"PixelPaddingValue": ("SS", -2000)}
 
 @pytest.mark.filterwarnings("ignore:A value of 'None'")
 @pytest.mark.parametrize("kind,elements", [
-    ("plain", {}), ("no meta", {}), ("deflated", {}), ("frames", {"NumberOfFrames": 2}),
+    ("plain", {}), ("no meta", {}), ("frames", {"NumberOfFrames": 2}),
     ("inverted", {"PhotometricInterpretation": "MONOCHROME1"}), ("padding", PADDING),
     ("empty", {"RescaleSlope": None, "RescaleIntercept": None, "NumberOfFrames": None}),
     ("range", PADDING | {"PixelPaddingRangeLimit": ("SS", -1900)}), ("8 bit", {}),
@@ -2125,9 +2078,8 @@ def test_dicom_is_read_as_its_elements_say(tmp_path, kind, elements):
     if "PixelPaddingValue" in elements:
         film[:9] = -2000
         film[5:9] = -1950 if kind == "range" else -2000
-    syntax = "1.2.840.10008.1.2.1.99" if kind == "deflated" else "1.2.840.10008.1.2.1"
     pixels = np.stack([film, film * 0]) if kind == "frames" else film
-    (tmp_path / "x.dcm").write_bytes(data_dicom(pixels, kind != "no meta", syntax, **elements))
+    (tmp_path / "x.dcm").write_bytes(data_dicom(pixels, kind != "no meta", **elements))
     image = data.load_image(tmp_path / "x.dcm")[9:].astype(float)
     film = film[9:].astype(float)
     if kind in ("inverted", "palette"):
@@ -2136,16 +2088,6 @@ def test_dicom_is_read_as_its_elements_say(tmp_path, kind, elements):
         film = (film - film.min()) * 255 / (film.max() - film.min())
     assert np.abs(image - film).max() <= 1.01 or kind == "palette" and np.corrcoef(
         image.ravel(), film.ravel())[0, 1] > 0.999
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "gif", "bmp", "jp2"])
-def test_a_file_cut_short_is_an_error_not_a_grey_half(tmp_path, suffix):
-    """Would catch half an image padded with grey in the training data."""
-    Image.fromarray(data_xray()).save(tmp_path / f"x.{suffix}")
-    content = (tmp_path / f"x.{suffix}").read_bytes()
-    for cut in (0, 3, len(content) // 2):
-        with pytest.raises(data.Unreadable):
-            data.load_image(content[:cut])
 
 
 def test_padded_borders_go_and_nothing_else_does():
@@ -2191,7 +2133,7 @@ def test_label_files_of_any_kind_are_read_or_refused(tmp_path):
     nih = "Image Index,Finding Labels,Patient ID\nx.png,A|B,Jos\xe9\n"
     blank = text.replace("\n", "\n,,\n\n")
     for content in (text.encode("utf-8-sig"), text.encode("latin-1"), nih.encode(),
-                    text.encode("utf-16"), blank.encode()):
+                    blank.encode()):
         (tmp_path / "a.csv").write_bytes(content)
         (tmp_path / "a.csv.gz").write_bytes(gzip.compress(content))
         for name in ("a.csv", "a.csv.gz"):
@@ -2295,8 +2237,7 @@ def test_walks_meet_each_picture_once_and_nothing_that_hangs(tmp_path):
     names that are no UTF-8 or have no suffix."""
     found = data_folder(tmp_path / "found", 2)
     for name in (".ipynb_checkpoints", ".Trash-1000", "@eaDir", "__MACOSX", "$RECYCLE.BIN"):
-        data_folder(found / name, 1)
-        (found / f"{name}.csv").unlink()
+        data_pictures(found / name, {"x.png": data_xray()})
     os.mkfifo(found / "pipe.png")
     for name, target in (("loop", found), ("a.png", found / "x000.png"), ("b.png", "/dev/zero")):
         (found / name).symlink_to(target)
@@ -2344,17 +2285,24 @@ def test_archives_give_what_is_whole_and_report_the_rest(tmp_path, monkeypatch, 
     (tmp_path / "cut.zip").write_bytes(data_odd_zip()[:-30])
     monkeypatch.setattr(data, "MAX_BYTES", 2_000_000)
     for name, count, reported in (
-            ("t.tar.gz", 6, set(bad)), ("x.tar.xz", 6, set()), ("cut.tar", 3, {"cut.tar"}),
-            ("cut.tar.xz", 4, {"cut.tar.xz", "a/4.png"}),
+            ("t.tar.gz", 6, set(bad)), ("x.tar.xz", 6, set()), ("cut.tar", 3, {""}),
+            ("cut.tar.xz", 4, {"", "a/4.png"}),
             ("odd.zip", 1, {"secret.png", "deflate64.png", "../up.png"})):
         out = tmp_path / f"of-{name}"
         ds = data_prepare(tmp_path / name, out)
-        found = set(data.read_json(out / "unreadable.json")) if reported else set()
-        assert (len(ds), found) == (count, reported) and not (out / ".unpacked").exists()
-        assert "bomb.png" not in found or "too many" in (out / "unreadable.json").read_text()
+        found = data.read_json(out / "unreadable.json") if reported else {}
+        assert len(ds) == count and not (out / ".unpacked").exists()
+        assert set(found) == {f"{name}: {inside}" if inside else name for inside in reported}
+        assert "too many" in found.get("t.tar.gz: bomb.png", "too many")
         assert (ds[0] == data.preprocess(data_xray(3 if count == 1 else 0), 32)).all()
     with pytest.raises(UserError, match="holds no X-rays"):
         data_prepare(tmp_path / "cut.zip", tmp_path / "of-cut")
+    header = tarfile.TarInfo("k.png")  # a name of megabytes in a compressed tar
+    header.type, header.size = tarfile.XHDTYPE, 2**21
+    (tmp_path / "name.tgz").write_bytes(gzip.compress(header.tobuf() + bytes(2**21)))
+    with pytest.raises(UserError, match="holds no X-rays"):
+        data_prepare(tmp_path / "name.tgz", tmp_path / "of-name")
+    assert "name.tgz: cut short or no archive" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.png"))
     (tmp_path / "both" / "plain").mkdir(parents=True)
     (tmp_path / "both" / "plain.tar").write_bytes(plain)
@@ -2363,28 +2311,18 @@ def test_archives_give_what_is_whole_and_report_the_rest(tmp_path, monkeypatch, 
     assert "beside a folder of its name" in capsys.readouterr().err
 
 
-def test_sizes_are_bounded_before_anything_is_read(tmp_path, monkeypatch):
-    """Would catch gigabytes out of a file of kilobytes: a long name in a compressed tar, an image
-    in a sparse shard, a deflated DICOM whose transfer syntax stands far behind."""
+def test_sizes_are_bounded_before_anything_is_read(tmp_path):
+    """Would catch gigabytes out of a file of kilobytes: an image in a sparse shard, a deflated
+    DICOM whose transfer syntax stands far behind."""
     header = tarfile.TarInfo("k.png")
-    header.type, header.size = tarfile.XHDTYPE, 2**21
-    (tmp_path / "name.tar.gz").write_bytes(gzip.compress(header.tobuf() + bytes(2**21)))
-    with pytest.raises(UserError, match="name.tar.gz.*no archive"):
-        data_prepare(tmp_path / "name.tar.gz", tmp_path / "out")
-    header.type, header.size = tarfile.REGTYPE, data.MAX_BYTES + 512
+    header.size = data.MAX_BYTES + 512
     with open(tmp_path / "sparse.tar", "wb") as file:
         file.write(header.tobuf())
         file.truncate(512 + header.size + 1024)
-    with open(tmp_path / "sparse.tar", "rb") as file:
-        assert data.read_span(file, (512, header.size)) == b""
     with pytest.raises(UserError, match="sparse.tar"):
         data.open_data(str(tmp_path / "sparse.tar"), 16)[0]
-    film = np.zeros((300, 300), np.uint8)
-    film[0] = 1
-    content = data_dicom(film, syntax="1.2.840.10008.1.2.1.99")
-    monkeypatch.setattr(data, "MAX_BYTES", 50_000)
-    with pytest.raises(data.Unreadable, match="when inflated"):
-        data.load_image(content)
+    with pytest.raises(data.Unreadable, match="deflated"):
+        data.load_image(data_dicom(data_xray(), syntax="1.2.840.10008.1.2.1.99"))
 
 
 def test_lung_masks_follow_their_image_in_all_published_forms(tmp_path):
@@ -2443,7 +2381,7 @@ def test_prepare_goes_on_after_kill_9(tmp_path, monkeypatch):
     files = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in "ab"]
     assert files[0] == files[1] and not any("partial" in name for name in files[0])
     assert "a-rubbish.png" in data.read_json(tmp_path / "a" / "unreadable.json")
-    with pytest.raises(UserError, match="per_shard was 40, is 1000"):
+    with pytest.raises(UserError, match="per_shard': 40.*per_shard': 1000"):
         data_prepare("found", tmp_path / "a")
     (tmp_path / "a" / "prepare.json").write_text("{")
     with pytest.raises(UserError, match="prepare.json"):
@@ -2468,11 +2406,9 @@ def test_data_given_as_a_folder_is_prepared_once_and_again_when_it_changes(tmp_p
 @pytest.mark.parametrize("spec,message", [
     ("/nowhere", "no such file or folder"), ("{tmp}", "holds no X-rays"), ("pipe:cat x", "{shard}"),
     ("{tmp}/s{{0..3}}.tar", "no braces"), ("hf://datasets/x", "OWNER/NAME/GLOB"),
-    ("/dev", "holds no X-rays"), ("/dev/zero", "no such file"),
-    ("hf://datasets/me/other/*.tar", "hf download me/other --repo-type dataset")])
-def test_bad_data_is_a_sentence_not_a_traceback(tmp_path, monkeypatch, spec, message):
+    ("/dev", "holds no X-rays"), ("/dev/zero", "no such file")])
+def test_bad_data_is_a_sentence_not_a_traceback(tmp_path, spec, message):
     """Would catch a user left alone with FileNotFoundError, or a device that is read for ever."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError) as caught:
         data.open_data(spec.replace("{tmp}", str(tmp_path)), 32)
     assert message in str(caught.value)
@@ -2527,7 +2463,7 @@ def test_foreign_keys_end_at_the_last_dot_and_the_plain_picture_wins(tmp_path, c
     assert (ds[2] == data.preprocess(data_xray(2), 32)).all() and ds.mask(2) is None
     assert ds.mask(4)[0].sum() == 32 * 4 and ds.patients[4] == "p"
     with pytest.raises(UserError, match="5 images, problems: 1"):
-        data.check(data.Check(str(tmp_path / "*.tar"), workers=1))
+        data.check(data.Check(str(tmp_path / "*.tar")))
     assert "1 images have the key of another" in capsys.readouterr().out
     assert not (tmp_path / data.INDEX).exists(), "written where nobody asked for it"
     data_tar(tmp_path / "a.tar", {"n.png": png[3], "1.2.276.1.png": png[1], "k.png": png[2]})
@@ -2540,59 +2476,64 @@ def test_an_image_that_cannot_be_read_is_named_and_never_replaced(tmp_path, caps
     spec = str(shards / "*.tar")
     ds = data.open_data(spec, 32)
     assert len(ds.shards) == 5 and ds.digest == data.open_data(str(shards), 16).digest
-    offset, length = ds.rows["image"][7].tolist()
     with open(ds.shards[1], "r+b") as file:
-        file.seek(offset)
-        file.write(bytes(length))
+        file.seek(ds.rows["image"][7])
+        file.write(bytes(ds.rows["image_bytes"][7]))
     for read in (lambda: ds[7], lambda: ds.read([6, 7]), lambda: list(data.batches(ds, 23)),
                  lambda: list(data.batches(ds, 23, workers=2))):
         with pytest.raises(UserError, match="shard-000001.tar.*x007.*data.py check"):
             read()
-    last = shards / "shard-000004.tar"
-    os.truncate(last, int(sum(ds.rows["image"][20])) // 512 * 512 + 512)  # between two members
     (shards / "shard-000000.tar").unlink()
-    assert len(data.open_data(spec, 32)) == 16 and "cut short" in capsys.readouterr().err
-    with pytest.raises(UserError, match="16 images, problems: 3"):
-        data.check(data.Check(spec, workers=1))
+    with pytest.raises(UserError, match="18 images, problems: 2"):
+        data.check(data.Check(spec))
     assert "shard-000000.tar: missing" in capsys.readouterr().out
-    assert data.open_data(str(last), 32, count=1).keys[0] == "x020"
+    last = shards / "shard-000004.tar"
+    end = ds.rows["image"][20] + ds.rows["image_bytes"][20]
+    for size in (end // 512 * 512 + 512, 700):  # between two members, within one
+        os.truncate(last, size)
+        with pytest.raises(UserError, match="shard-000004.tar: .*make or fetch this shard again"):
+            data.open_data(spec, 32)
 
 
 def test_damaged_indices_are_made_again_and_lead_nowhere(tmp_path):
     """Would catch a traceback, or a read outside the shard, from an index that was flipped."""
     shards = data_prepared(tmp_path, 6, 3)
     content = (shards / data.INDEX).read_bytes()
-    sizes, counts, rows = data.read_index(shards / data.INDEX)
-    for k in range(0, 600, 20):
+    for k in range(0, len(content), len(content) // 40):
         flipped = content[:k] + bytes([content[k] ^ 255]) + content[k + 1:]
         (shards / data.INDEX).write_bytes(flipped if k else content[:500])
         assert len(data.open_data(str(shards), 32)) == 6
-    wild = rows.copy()
-    for span in ((-5, 10**15), (2**62, 2**62), (0, 10**15)):
-        wild["image"] = span
-        data.write_index(shards / data.INDEX, {name: (sizes[name], wild[:counts[name]])
-                                               for name in counts})
+    (shards / data.INDEX).write_bytes(content)
+    ds = data.open_data(str(shards), 32)
+    for offset, length in ((-5, 10**15), (2**62, 2**62), (0, 10**15)):
+        ds.rows["image"] = offset
+        ds.rows["image_bytes"] = length
         with pytest.raises(UserError, match="x000"):
-            data.open_data(str(shards), 32)[0]
+            ds[0]
 
 
-def test_a_million_rows_are_not_decoded_to_open_them(tmp_path):
-    """Would catch an index that keeps a Python object for each image."""
-    row = (b"", b"p", b"nih", b"A|B", (0, 9), (0, 0), (0, 0), 32)
-    rows = np.array([row], data.row_type([14, 8, 3, 3])).repeat(300_000)
-    rows["key"] = np.char.add(b"k", np.arange(300_000).astype("S7"))
-    data.write_index(tmp_path / "i", {f"s{k}.tar": (9, rows[k::3]) for k in range(3)})
-    _, counts, read = data.read_index(tmp_path / "i")
-    ds = data.XRays("x", 8, *data.select_shards(counts, read, {"s2.tar", "s0.tar"}))
-    assert len(ds) == 200_000 and not read.flags.owndata and ds.labels[-1] == ("A", "B")
-    for i, key, shard in ((1, "k3", 0), (99_999, "k299997", 0), (100_000, "k2", 2)):
-        assert ds.keys[i] == key and ds.shard_of(i) == f"s{shard}.tar"
+def data_rows(shards, images, size=0):
+    """An index of shards s0, s1 … whose images are called k0, k1 …"""
+    rows = [(b"s%d" % (i // images), 9, b"k%d" % i, b"p", b"nih", b"A|B", *[0] * 6, size)
+            for i in range(shards * images)]
+    return np.rec.fromarrays(list(zip(*rows)), names=",".join(data.COLUMNS))
+
+
+def test_a_million_rows_open_in_about_a_second(tmp_path):
+    """Would catch an index whose opening takes longer than an epoch, or a part of it mixed up."""
+    np.savez(tmp_path / data.INDEX, rows=data_rows(3, 100_000))
+    begin = time.process_time()
+    rows = data.select_shards(data.read_index(tmp_path / data.INDEX), {"s2", "s0"})
+    ds = data.XRays("x", 8, {"s0": 100_000, "s2": 100_000}, rows)
+    assert time.process_time() - begin < 2
+    assert len(ds) == 200_000 and ds.labels[-1] == ("A", "B") and ds.patients[7] == "p"
+    for i, key, shard in ((1, "k1", "s0"), (99_999, "k99999", "s0"), (100_000, "k200000", "s2")):
+        assert ds.keys[i] == key and ds.shard_of(i) == shard
 
 
 def test_an_epoch_has_each_image_once_and_windows_stay_together():
     """Would catch images lost or doubled, and an order that needs every remote shard at once."""
-    rows = np.zeros(1000, data.row_type([1] * 4))
-    ds = data.XRays("x", 8, {str(k): 10 for k in range(100)}, rows)
+    ds = data.XRays("x", 8, {f"s{k}": 10 for k in range(100)}, data_rows(100, 10))
     orders = [ds.order(seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     for order in orders:
         assert sorted(order) == list(range(1000))
@@ -2676,7 +2617,6 @@ def test_pipe_shards_are_fetched_once_checked_and_dropped(tmp_path, monkeypatch,
     os.truncate(shards / "shard-000003.tar", 1024)
     for path in kept:
         path.unlink()
-    monkeypatch.setattr(data, "TRIES", 1)
     with pytest.raises(UserError, match="shard-000003.tar could not be fetched.*the index says"):
         remote[6]
     with pytest.raises(UserError, match="data.index_folder"):
@@ -2684,19 +2624,6 @@ def test_pipe_shards_are_fetched_once_checked_and_dropped(tmp_path, monkeypatch,
     shards.rename(tmp_path / "gone")
     assert len(data.open_data(spec, 32)) == 60
     assert "index of an earlier run is used" in capsys.readouterr().err
-
-
-def test_hub_shards_open_from_the_hub_cache(tmp_path, monkeypatch):
-    """Would catch a run that needs the network for what `hf download` has already brought."""
-    shards = data_prepared(tmp_path)
-    files = {f"train/{path.name}": path.read_bytes() for path in shards.glob("*.tar")}
-    data_hub(tmp_path, monkeypatch, "me/xrays", files, "datasets")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    local = data.open_data(str(shards), 32)
-    remote = data.open_data("hf://datasets/me/xrays/train/*.tar", 32)
-    assert list(remote.keys) == list(local.keys) and (remote[7] == local[7]).all()
-    with pytest.raises(UserError, match="none of its files matches"):
-        data.open_data("hf://datasets/me/xrays/test/*.tar", 32)
 
 
 # ---- On the device, pictures for people ----
@@ -2784,14 +2711,20 @@ def test_phantom_sets_are_drawn_once_with_patients_labels_and_masks(monkeypatch)
     assert len(data.open_data("phantom", 32, seed=5, count=10)) == 10
 
 
+@pytest.fixture(scope="module")
+def phantom_visits():
+    """(image, masks, labels) of the first and of the second visit of 40 patients."""
+    return [[render_phantom(2, patient, visit, 64) for patient in range(40)] for visit in (0, 1)]
+
+
 def phantom_ring(lungs, width=3):
     """The band of `width` pixels around a mask."""
     return ndimage.binary_dilation(lungs, iterations=width) & ~lungs
 
 
-def phantom_with_and_without(finding, patients=range(12), size=64):
-    """(film with the finding alone, without any, masks with, masks without) of each patient."""
-    for patient in patients:
+def phantom_with_and_without(finding, size=64):
+    """(film with the finding alone, without any, masks with, masks without) of 12 patients."""
+    for patient in range(12):
         sick, sick_masks, labels = render_phantom(3, patient, 0, size, (finding,))
         healthy, healthy_masks, none = render_phantom(3, patient, 0, size, ())
         assert labels == (finding,) and none == ()
@@ -2803,39 +2736,36 @@ def test_phantom_is_a_pure_function_of_its_arguments():
     image, masks, labels = render_phantom(1, 2, 3, 48)
     render_phantom(9, 9, 9, 32)
     again = render_phantom(1, 2, 3, 48)
-    assert image.dtype == np.uint8 and image.shape == (48, 48)
-    assert masks.dtype == bool and masks.shape == (2, 48, 48) and labels == again[2]
-    assert (image == again[0]).all() and (masks == again[1]).all()
+    assert image.dtype == np.uint8 and masks.dtype == bool and masks.shape == (2, 48, 48)
+    assert (image == again[0]).all() and (masks == again[1]).all() and labels == again[2]
     for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
         assert (image != render_phantom(*other, 48)[0]).any()
 
 
-def test_phantom_is_the_same_chest_at_every_size():
+def test_phantom_is_the_same_chest_at_every_size(phantom_visits):
     """Would catch lengths given in pixels, or random numbers whose count depends on the size."""
-    for patient in range(6):
-        small, small_masks, labels = render_phantom(0, patient, 0, 64)
-        large, large_masks, same = render_phantom(0, patient, 0, 256)
-        assert labels == same
+    for patient, (small, small_masks, labels) in enumerate(phantom_visits[0][:6]):
+        large, large_masks, same = render_phantom(2, patient, 0, 256)
         shrunk = large.reshape(64, 4, 64, 4).mean((1, 3))
         lungs = small_masks.any(0)
-        assert np.corrcoef(shrunk.ravel(), small.ravel())[0, 1] > 0.995
+        assert labels == same and np.corrcoef(shrunk.ravel(), small.ravel())[0, 1] > 0.995
         assert np.corrcoef(shrunk[lungs], small[lungs])[0, 1] > 0.994  # vessels and ribs too
         assert (large_masks[:, ::4, ::4] == small_masks).mean() > 0.97
 
 
-def test_phantom_masks_are_two_dark_lungs_inside_the_picture():
+def test_phantom_masks_are_two_dark_lungs_inside_the_picture(phantom_visits):
     """Would catch swapped sides, masks that overlap, are cut or leave specks, and lungs no darker
     than what is around them."""
-    for patient in range(40):
-        image, (left, right), _ = render_phantom(0, patient, 0, 64)
+    for image, (left, right), _ in phantom_visits[0]:
         lungs = left | right
-        assert not (left & right).any() and 0.06 < left.mean() < 0.25 and 0.06 < right.mean() < 0.25
-        assert np.nonzero(left)[1].mean() > 36  # the patient's left is on our right
-        assert np.nonzero(right)[1].mean() < 28
+        assert not (left & right).any()
         assert not (lungs[[0, -1]].any() or lungs[:, [0, -1]].any())
+        assert np.nonzero(right)[1].mean() < 28  # the patient's left is on our right
+        assert np.nonzero(left)[1].mean() > 36
         for lung in (left, right):
             parts, _ = ndimage.label(lung)
             assert np.bincount(parts.ravel())[1:].max() > 0.99 * lung.sum()
+            assert 0.06 < lung.mean() < 0.25
             assert image[lung].mean() + 20 < image[phantom_ring(lung)].mean()
 
 
@@ -2850,11 +2780,10 @@ def test_phantom_findings_are_as_common_as_announced():
     assert 0.32 < np.mean([labels == () for labels in sum(visits, [])]) < 0.45
 
 
-def test_phantom_visits_of_a_patient_resemble_each_other_more_than_other_patients():
+def test_phantom_visits_resemble_each_other_more_than_other_patients(phantom_visits):
     """Would catch anatomy that depends on the visit, and visits that are copies."""
-    visits = [[render_phantom(2, patient, visit, 64)[0].ravel() for patient in range(40)]
-              for visit in (0, 1)]
-    likeness = np.corrcoef(*visits)[:40, 40:]  # first visits by second visits
+    films = [[image.ravel() for image, _, _ in visit] for visit in phantom_visits]
+    likeness = np.corrcoef(*films)[:40, 40:]  # first visits by second visits
     same = np.diag(likeness)
     others = (likeness.sum(1) - same) / (len(same) - 1)
     assert same.mean() > others.mean() + 0.04 and np.mean(same > others) > 0.85
@@ -2872,35 +2801,35 @@ def test_phantom_effusion_whitens_the_base_of_a_lung_and_leaves_its_mask():
         assert np.abs(sick - healthy)[:20].max() <= 2
 
 
+def cardiothoracic_ratio(left, right):
+    """Of masks, measured as a radiologist does."""
+    rows = np.flatnonzero(right[:, int(np.median(np.nonzero(right)[1]))])
+    rows = rows[len(rows) // 3:]  # along the middle of the right lung, below the aorta's arch
+    heart_left = max(np.flatnonzero(left[y])[0] for y in rows)
+    heart_right = min(np.flatnonzero(right[y])[-1] for y in rows)
+    return (heart_left - heart_right - 1) / np.ptp(np.flatnonzero((left | right).any(0)))
+
+
 def test_phantom_cardiomegaly_is_a_cardiothoracic_ratio_above_a_half():
-    """Would catch a heart that is drawn large but not cut out of the masks, or the reverse.
-    Measured as a radiologist does."""
-    def cardiothoracic(left, right):
-        column = int(np.median(np.nonzero(right)[1]))
-        rows = np.flatnonzero(right[:, column])  # apex to dome, along the middle of the right lung
-        rows = rows[len(rows) // 3:]  # below the arch of the aorta
-        heart_left = max(np.flatnonzero(left[y])[0] for y in rows)
-        heart_right = min(np.flatnonzero(right[y])[-1] for y in rows)
-        heart = heart_left - heart_right - 1
-        return heart / np.ptp(np.flatnonzero((left | right).any(0)))
-    pairs = phantom_with_and_without("Cardiomegaly", size=128)
-    for sick, healthy, sick_masks, healthy_masks in pairs:
-        assert cardiothoracic(*healthy_masks) < 0.50 < 0.53 < cardiothoracic(*sick_masks)
+    """Would catch a heart that is drawn large but not cut out of the masks, or the reverse."""
+    for sick, healthy, sick_masks, healthy_masks in phantom_with_and_without("Cardiomegaly", 128):
+        assert cardiothoracic_ratio(*healthy_masks) < 0.50
+        assert cardiothoracic_ratio(*sick_masks) > 0.53
         heart = healthy_masks.any(0) & ~sick_masks.any(0)
         assert (sick - healthy)[heart].mean() > 25
 
 
-def test_phantom_findings_of_the_lung_change_the_lung_alone():
+@pytest.mark.parametrize("finding, pixels", [("Consolidation", 60), ("Nodule", 10)])
+def test_phantom_findings_of_the_lung_change_the_lung_alone(finding, pixels):
     """Would catch nodules and clouds outside the lungs, too small or too faint to see, and masks
     that exclude diseased lung."""
-    for finding, change, pixels in (("Consolidation", 20, 60), ("Nodule", 20, 10)):
-        for sick, healthy, sick_masks, healthy_masks in phantom_with_and_without(finding):
-            difference = sick - healthy
-            assert np.array_equal(sick_masks, healthy_masks)
-            outside = ~sick_masks.any(0)
-            assert (difference > change).sum() >= pixels, finding  # a nodule: 4 pixels across
-            assert np.abs(difference)[outside].max() <= 40  # pixels at the edge belong to both
-            assert np.abs(difference)[outside].sum() < 0.05 * np.abs(difference).sum()
+    for sick, healthy, sick_masks, healthy_masks in phantom_with_and_without(finding):
+        assert np.array_equal(sick_masks, healthy_masks)
+        assert (sick - healthy > 20).sum() >= pixels  # a nodule: 4 pixels across
+        change = np.abs(sick - healthy)
+        outside = change[~sick_masks.any(0)]
+        assert outside.max() <= 40  # pixels at the edge belong to both
+        assert outside.sum() < 0.05 * change.sum()
 
 
 def test_phantom_pneumothorax_is_a_black_rim_on_one_side():
@@ -2920,7 +2849,6 @@ def test_phantom_pneumothorax_is_a_black_rim_on_one_side():
 # ==== Evaluation =================================================================================
 
 
-HOUSE = Path(evaluate.__file__).parent
 CPU = torch.device("cpu")
 
 
@@ -2968,15 +2896,21 @@ def test_densenet_golden_numbers():
     assert np.allclose(model.embed(densenet_input())[1, ::8], golden, rtol=0, atol=1e-9)
 
 
-def test_densenet_has_the_public_keys_and_shapes():
-    """A renamed module: the public weights would not load."""
-    state = evaluate.DenseNet(18).state_dict()
+def test_densenet_has_the_public_keys_and_shapes_and_loads_public_files(tmp_path):
+    """A renamed module, so that the public weights would not load; a file by another road."""
+    net = evaluate.DenseNet(18)
+    state = net.state_dict()
     assert len(state) == 727 and state["features.norm5.running_var"].shape == (1024,)
     assert state["features.denseblock4.denselayer16.conv2.weight"].shape == (32, 128, 3, 3)
-    layout = HOUSE.parent / "shared/layouts/xrv-densenet121.json"
+    layout = LAYOUTS / "xrv-densenet121.json"
     if layout.is_file():
         found = {key: list(tensor.shape) for key, tensor in state.items()}
         assert found == json.loads(layout.read_text())
+    net.save_pretrained(tmp_path / "safe")
+    torch.save(net, tmp_path / "model.pt")
+    for source in (tmp_path, tmp_path / "model.pt", tmp_path / "safe"):
+        again = evaluate.DenseNet.from_pretrained(source).state_dict()
+        assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
 
 
 class PickledNet(nn.Module):
@@ -2995,19 +2929,6 @@ class HostilePickle:
 
     def __reduce__(self):
         return os.system, (f"echo owned > {self.path}",)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_module_gives_its_tensors(tmp_path, zipped):
-    """Each tensor must come out equal, with no import of the module's class."""
-    model = PickledNet()
-    model.features.norm0.running_mean += torch.arange(8.0)
-    torch.save(model, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
-    evaluate.main(["convert", str(tmp_path / "model.pt"), "--out", str(tmp_path / "safe")])
-    again = evaluate.DenseNet.from_pretrained(tmp_path / "safe").state_dict()
-    wanted = model.state_dict()
-    assert again.keys() == wanted.keys()
-    assert all(torch.equal(again[key], tensor) for key, tensor in wanted.items())
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -3039,8 +2960,14 @@ def test_torchscript_in_disguise_is_refused(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_damaged_pickles_are_refused(tmp_path, zipped):
-    """A download cut short must give a sentence, not a traceback, and never half the weights."""
-    torch.save(PickledNet(), tmp_path / "whole.pt", _use_new_zipfile_serialization=zipped)
+    """A module's class imported; a download cut short: a traceback, or half the weights."""
+    model = PickledNet()
+    model.features.norm0.running_mean += torch.arange(8.0)
+    torch.save(model, tmp_path / "whole.pt", _use_new_zipfile_serialization=zipped)
+    read = evaluate.read_pickled_tensors(tmp_path / "whole.pt")
+    wanted = model.state_dict()
+    assert read.keys() == wanted.keys()
+    assert all(torch.equal(read[key], tensor) for key, tensor in wanted.items())
     content = (tmp_path / "whole.pt").read_bytes()
     for cut in (0, 7, len(content) // 2, len(content) - 40):
         (tmp_path / "cut.pt").write_bytes(content[:cut])
@@ -3148,45 +3075,30 @@ def test_prdc_equals_its_definition():
     assert same["precision"] == same["recall"] == same["coverage"] == 1
 
 
-def toy_labels():
+def test_pairs_share_a_label_and_repeat_only_when_all_are_used():
+    """Pairs without a common finding, an image with itself, repeats too early or with one r; 1:50
+    without 1:10; a training part short of pairs that avoid its validation fold; the far label."""
     rng = np.random.default_rng(0)
     targets = (rng.random((40, 4)) < 0.3).astype(np.float32)
     targets[np.arange(40), rng.integers(0, 4, 40)] = 1
-    return targets, [np.arange(k, 40, 5) for k in range(5)]
-
-
-def test_pairs_share_a_label_and_repeat_only_when_all_are_used():
-    """Pairs without a common finding, an image with itself, repeats too early or with one r."""
-    targets, folds = toy_labels()
-    pairs = evaluate.interpolations(targets, folds, 28, seed=1)
+    folds = [np.arange(k, 40, 5) for k in range(5)]
+    few, pairs, again, other = (evaluate.interpolations(targets, folds, ratio, seed)
+                                for ratio, seed in ((1, 1), (28, 1), (28, 1), (28, 2)))
     i, j = pairs.ends.T
     assert (i != j).all() and ((targets[i] * targets[j]).sum(1) > 0).all()
     assert (0 <= pairs.r).all() and (pairs.r <= 1).all() and len(set(pairs.r)) == len(pairs.r)
     shares = np.triu(targets @ targets.T > 0, 1).sum()
     assert len(pairs.r) > shares == len({*map(tuple, np.sort(pairs.ends[:shares], 1).tolist())})
-    again = evaluate.interpolations(targets, folds, 28, seed=1)
-    assert np.array_equal(again.ends, pairs.ends) and np.array_equal(again.r, pairs.r)
-    assert not np.array_equal(evaluate.interpolations(targets, folds, 28, 2).ends, pairs.ends)
-
-
-def test_smaller_ratios_are_beginnings_and_each_training_part_has_enough():
-    """1:50 without 1:10, or a training part short of pairs that avoid its validation fold."""
-    targets, folds = toy_labels()
-    few, many = (evaluate.interpolations(targets, folds, ratio, seed=3) for ratio in (1, 10))
-    assert np.array_equal(many.ends[:len(few.r)], few.ends)
-    assert np.array_equal(many.r[:len(few.r)], few.r)
+    for same in (few, again):
+        assert np.array_equal(pairs.ends[:len(same.r)], same.ends)
+        assert np.array_equal(pairs.r[:len(same.r)], same.r)
+    assert not np.array_equal(other.ends, pairs.ends)
     for part in folds:
-        inside = many.inside(np.setdiff1d(np.arange(40), part))
-        assert len(inside) >= 320 and not np.isin(many.ends[inside], part).any()
+        inside = pairs.inside(np.setdiff1d(np.arange(40), part))
+        assert len(inside) >= 28 * 32 and not np.isin(pairs.ends[inside], part).any()
+    assert np.array_equal(pairs.nearer, np.where(pairs.r < 0.5, i, j))
     with pytest.raises(UserError, match="share a finding"):
         evaluate.interpolations(np.eye(6), [[0, 1], [2, 3], [4, 5]], 1, seed=0)
-
-
-def test_label_of_a_pair_is_that_of_its_nearer_end():
-    """Labels taken from the far end."""
-    ends = np.array([[0, 1], [0, 1], [1, 0]])
-    pairs = evaluate.Synthetic(ends, np.array([0.2, 0.8, 0.2]), np.zeros(3, int))
-    assert pairs.nearer.tolist() == [0, 1, 1]
 
 
 def test_auc_equals_the_share_of_ordered_pairs():
@@ -3202,16 +3114,14 @@ def test_auc_equals_the_share_of_ordered_pairs():
     assert np.isnan(found[2])
 
 
-def test_paired_tests_and_holm_equal_scipy_and_worked_examples():
-    """An unpaired or one-sided test, the correction's 1/k forgotten, Bonferroni for every p."""
+def test_paired_tests_equal_scipy_and_a_worked_example():
+    """An unpaired or one-sided test, the correction's 1/k forgotten."""
     a, b = [0.71, 0.74, 0.69, 0.73, 0.75], [0.70, 0.70, 0.66, 0.72, 0.71]
     p, corrected = evaluate.paired_tests(a, b, 1 / 4)
     assert abs(p - stats.ttest_rel(a, b).pvalue) < 1e-12
     # Differences .01 .04 .03 .01 .04: mean .026, s^2 .00023; .026 / sqrt(.45 * .00023) = 2.5556
     assert abs(corrected - 2 * stats.t.sf(2.5556, 4)) < 1e-5 and corrected > p
     assert evaluate.paired_tests(a, a, 1 / 4) == (1.0, 1.0)
-    assert evaluate.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert evaluate.holm([0.9, 0.6]) == [1.0, 1.0]
 
 
 def toy_pictures(n):
@@ -3224,23 +3134,9 @@ def toy_pictures(n):
     return [(torch.from_numpy(image), target) for image, target in zip(images, targets)]
 
 
-SMALL_NET = dict(size=32, net=(4, (1, 1), 8))
-
-
-def test_classifier_learns_stops_early_and_keeps_the_best_epoch():
-    """Labels shuffled against images, the last epoch's weights, a training that never ends."""
-    pictures = toy_pictures(96)
-    recipe = evaluate.Classify(epochs=40, batch=16, lr=1e-2, patience=2, early_stop=4, **SMALL_NET)
-    net, history = evaluate.fit(recipe, pictures[:64], pictures[64:], 0, CPU)
-    assert history["val"] > 0.75 and history["epochs"] == history["best_epoch"] + 4
-    assert abs(evaluate.macro_auc(net, pictures[64:], 32, CPU) - history["val"]) < 1e-6
-    one_class = [(image, np.ones(2, np.float32)) for image, _ in pictures[64:70]]
-    with pytest.raises(UserError, match="one class only"):
-        evaluate.fit(recipe, pictures[:64], one_class, 0, CPU)
-
-
-def test_equal_steps_are_equal_and_show_an_image_differently_each_time(monkeypatch):
-    """Cells of one column that end at different steps; one augmented picture many times."""
+def test_classifier_learns_stops_early_and_keeps_the_best_epoch(monkeypatch):
+    """Labels shuffled against images, the last epoch's weights, a training that never ends, an
+    image augmented alike each time."""
     seen = []
     augment = data.augment
 
@@ -3249,12 +3145,16 @@ def test_equal_steps_are_equal_and_show_an_image_differently_each_time(monkeypat
         return augment(images, ids, step, seed)
 
     monkeypatch.setattr(data, "augment", watched)
-    pictures = toy_pictures(30)
-    recipe = evaluate.Classify(epochs=5, batch=8, lr=1e-3, patience=1, early_stop=1, **SMALL_NET)
-    for n in (8, 20):
-        seen.clear()
-        _, history = evaluate.fit(recipe, pictures[:n], pictures[20:], 0, CPU, 6)
-        assert history["updates"] == 30 and len(set(seen)) == len(seen) == 30 * 8
+    pictures = toy_pictures(96)
+    recipe = evaluate.Classify(epochs=40, batch=16, lr=1e-2, patience=2, early_stop=4, size=32,
+                               net=(4, (1, 1), 8))
+    net, history = evaluate.fit(recipe, pictures[:64], pictures[64:], 0, CPU)
+    assert history["val"] > 0.75 and history["epochs"] == history["best_epoch"] + 4
+    assert len(set(seen)) == len(seen) == 64 * history["epochs"]
+    assert abs(evaluate.macro_auc(net, pictures[64:], 32, CPU) - history["val"]) < 1e-6
+    one_class = [(image, np.ones(2, np.float32)) for image, _ in pictures[64:70]]
+    with pytest.raises(UserError, match="one class only"):
+        evaluate.fit(recipe, pictures[:64], one_class, 0, CPU)
 
 
 def fold_rows(run, gains):
@@ -3294,29 +3194,25 @@ LUNGS = np.zeros((2, 32, 32), bool)
 LUNGS[0, 8:24, 4:12] = LUNGS[1, 8:24, 20:28] = True
 
 
-def pick_lungs(labels, with_parts=True):
-    return evaluate.select(evaluate.candidates(labels, with_parts), LUNGS)
-
-
 def test_selection_takes_one_candidate_a_lung_and_suppresses_the_rest():
-    """Half-lungs must not add up to a lung; one segment may serve both lungs."""
+    """Half-lungs must not add up to a lung; one segment may serve both lungs; as published only
+    whole segments: a lung that shares its label with a corner is lost."""
+    def pick(labels, with_parts=True):
+        return evaluate.select(evaluate.candidates(labels, with_parts), LUNGS)
+
     labels = np.where(LUNGS[0], 1, np.where(LUNGS[1], 2, 0))
-    chosen, dice = pick_lungs(labels)
+    chosen, dice = pick(labels)
     assert dice == 1 and np.array_equal(chosen, LUNGS.any(0))
-    assert pick_lungs(np.where(LUNGS.any(0), 1, 0))[1] == 1, "both lungs under one label"
-    labels[16:24, 4:12] = 3  # the left lung in two halves: one of them is lost
-    assert pick_lungs(labels)[1] == pytest.approx(2 * 0.75 / 1.75)
+    assert pick(LUNGS.any(0).astype(int))[1] == 1, "both lungs under one label"
+    halves = labels.copy()
+    halves[16:24, 4:12] = 3  # the left lung in two halves: one of them is lost
+    assert pick(halves)[1] == pytest.approx(2 * 0.75 / 1.75)
     whole = LUNGS.any(0) | (np.indices((32, 32))[0] > 20)
     pool = np.stack([LUNGS[0], whole]).reshape(2, -1).astype(np.float32)
     assert np.array_equal(evaluate.select(pool, LUNGS)[0], LUNGS[0]), "overlap is suppressed"
-    assert pick_lungs(np.zeros((32, 32), int))[1] == pytest.approx(0.4), "the whole picture"
-
-
-def test_candidates_are_whole_segments_or_their_parts_too():
-    """As published only whole segments: a lung that shares its label with a corner is lost."""
-    labels = np.where(LUNGS[0], 1, np.where(LUNGS[1], 2, 0))
+    assert pick(np.zeros((32, 32), int))[1] == pytest.approx(0.4), "the whole picture"
     labels[26:, 13:19] = 1
-    assert pick_lungs(labels, True)[1] == 1 and pick_lungs(labels, False)[1] < 0.95
+    assert pick(labels)[1] == 1 and pick(labels, False)[1] < 0.95
 
 
 def test_the_rule_finds_lungs_without_a_mask():
@@ -3336,20 +3232,18 @@ def test_obedience_is_one_for_copies_and_half_for_chance():
     assert evaluate.obedience(sources, sources) == 1
     assert 0.3 < evaluate.obedience(sources.roll(5, 0), sources) < 0.7
     assert evaluate.obedience(sources[:1].expand(24, -1), sources) == pytest.approx(0.5, abs=0.01)
-    path = torch.lerp(sources[:-1, None], sources[1:, None], torch.linspace(0, 1, 5)[:, None])
-    assert evaluate.obeyed_steps(path, sources[:-1], sources[1:]) == 1
-    assert evaluate.obeyed_steps(path.flip(1), sources[:-1], sources[1:]) == 0
-    figures, _, index = evaluate.likeness(sources, sources, sources, sources.roll(1, 1))
-    assert figures["chance"] == 1 and figures["nearer"] == 100 and index.tolist() == [*range(24)]
+    figures = evaluate.likeness(torch.zeros(24), torch.cdist(sources, sources.roll(1, 1)).amin(1))
+    assert figures["chance"] == 1 and figures["nearer"] == 100
 
 
 def test_chart_ticks_are_round_and_cover_the_data(tmp_path):
     """A range of one value, or ticks that do not cover the data."""
-    for low, high in ((0, 1), (-0.02, 0.003), (31, 31), (0.47, 0.53), (1e-7, 9e-7), (-5, 12345)):
+    for low, high in ((0, 1), (-0.02, 0.003), (31, 31), (0.47, 0.53), (1e-7, 9e-7), (-5, 12345),
+                      (0, 0)):
         ticks = evaluate.round_ticks(low, high)
         assert ticks[0] <= low + 1e-12 and ticks[-1] >= high - 1e-12 and 2 <= len(ticks) <= 9
     rows = [{"run": "a", "x": 1, "y": 1.0, "y_low": 0.9, "y_high": 1.1},
-            {"run": "a", "x": 3, "y": float("nan")}, {"run": "b", "x": 2, "y": -2.0, "mark": "*"}]
+            {"run": "b", "x": 2, "y": -2.0, "y_low": -2, "y_high": -2, "mark": "*"}]
     for is_bars in (False, True):
         path = tmp_path / f"{is_bars}.png"
         evaluate.chart(path, rows, "{run}", "x", "y", "title", ("x", "y"), is_bars)
@@ -3396,12 +3290,27 @@ def random_run(tmp_path_factory):
 FAST = ["--steps", 2, "--protocol", "dino", "--micro-batch", 8]
 
 
+def read_rows(path):
+    return json.loads(Path(path).read_text())
+
+
+def run_evaluate(*arguments):
+    evaluate.main([*map(str, arguments)])
+
+
+def fails(*arguments):
+    """The message that a command ends with."""
+    with pytest.raises(SystemExit) as end:
+        run_evaluate(*arguments)
+    return str(end.value)
+
+
 def on_ranks(name, root, out, *flags):
     """A command on two ranks and on one -> the rows of each."""
     found = []
     for ranks in (2, 1):
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [sys.executable, *(launch if ranks > 1 else []), HOUSE / "evaluate.py", name,
+        command = [sys.executable, *(launch if ranks > 1 else []), HERE / "evaluate.py", name,
                    "--run-dir", root / "run", "--out", root / out.format(ranks), *flags]
         done = subprocess.run([*map(str, command)], timeout=280, text=True, capture_output=True,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -3410,24 +3319,24 @@ def on_ranks(name, root, out, *flags):
     return found
 
 
-def read_rows(path):
-    return json.loads(Path(path).read_text())
-
-
-def test_fid_is_the_same_on_one_rank_and_two_and_picks_the_best(random_run):
-    """Images sampled twice or not at all when shared, seeds by rank, a wrong best.json."""
-    found = on_ranks("fid", random_run, "fid{}", "--data", random_run / "test", "--count", 15,
-                     "--checkpoints", "all", *FAST)
-    values = [[row[k] for row in rows for k in ("fid", "fid_error", "kid", "coverage")]
-              for rows in found]
-    assert np.allclose(*values, rtol=1e-4, equal_nan=True) and len(values[0]) == 16
-    text = (random_run / "fid1/fid.md").read_text()
-    assert (random_run / "fid1/figure3-0.png").is_file() and "DiNOv1" not in text
-    steps = [[row["step"] for row in rows] for rows in found]
-    assert steps[0] == steps[1], "best.json, which is there at the second start, changes the rows"
-    best = read_rows(random_run / "run/best.json")
-    curve = {row["step"]: row["fid"] for row in found[1] if row["kind"] == "reconstruction"}
-    assert best["fid"] == curve[best["step"]] == min(curve.values()) and set(curve) == {10, 20}
+@pytest.mark.parametrize("name, flags", [
+    ("fid", ["--data", "test", "--count", 15, "--checkpoints", "all", *FAST]),
+    ("audit", ["--data", "test", "--count", 10, *FAST]),
+    ("segment", ["--data", "lungs", "--timesteps", 100, 300, "--thresholds", 0.05, 0.5])])
+def test_fid_audit_and_segment_are_the_same_on_one_rank_and_two(random_run, name, flags):
+    """Images sampled twice, left black or not at all when shared; seeds by rank; rows that change
+    once best.json is there; a wrong best.json."""
+    found = on_ranks(name, random_run, name + "{}", flags[0], random_run / flags[1], *flags[2:])
+    numbers = [[float(v) for v in re.findall(r"\d+\.\d+", json.dumps(rows))] for rows in found]
+    bars = dict(rtol=1e-4) if name == "fid" else dict(rtol=1e-2, atol=2e-2)
+    assert len(numbers[0]) > 8 and np.allclose(*numbers, **bars)
+    if name == "fid":
+        assert [row["step"] for row in found[0]] == [row["step"] for row in found[1]]
+        best = read_rows(random_run / "run/best.json")
+        curve = {row["step"]: row["fid"] for row in found[1] if row["kind"] == "reconstruction"}
+        assert best["fid"] == curve[best["step"]] == min(curve.values()) and set(curve) == {10, 20}
+        assert (random_run / "fid1/figure3-0.png").is_file()
+        assert "DiNOv1" not in (random_run / "fid1/fid.md").read_text()
 
 
 def test_classify_shares_what_sizes_ratios_and_ranks_share_and_goes_on(random_run):
@@ -3441,8 +3350,8 @@ def test_classify_shares_what_sizes_ratios_and_ranks_share_and_goes_on(random_ru
     assert len(folds) == 3 * (1 + 2 * 2) and shards
     folds[0].unlink()
     times = {path: path.stat().st_mtime_ns for path in [*folds[1:], *shards]}
-    evaluate.main([*map(str, ["classify", "--run-dir", random_run / "run", *flags, "--out", out,
-                              "--sizes", 12, 18, "--ratios", 1, 2])])
+    run_evaluate("classify", "--run-dir", random_run / "run", *flags, "--out", out, "--sizes", 12,
+                 18, "--ratios", 1, 2)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     made = data.open_data(str(shards[0].parent), 32)
     assert len(set(made.keys[i] for i in range(len(made)))) == len(made), "an image made twice"
@@ -3483,20 +3392,13 @@ def test_results_are_kept_for_the_images_labels_and_weights_they_are_of(random_r
     assert before != evaluate.name_of(run)
 
 
-def fails(*arguments):
-    """The message that a command ends with."""
-    with pytest.raises(SystemExit) as end:
-        evaluate.main([*map(str, arguments)])
-    return str(end.value)
-
-
 def test_leaks_are_refused_by_name_or_marked(random_run):
     """A test set of the generator's own training patients, measured without a word."""
     leak = ["fid", "--run-dir", random_run / "run", "--data", random_run / "train", *FAST, "--out",
             random_run / "leak"]
     message = fails(*leak)
-    assert all(words in message for words in ("found a leak", "train, train", "--as-paper"))
-    evaluate.main([*map(str, leak), "--as-paper"])
+    assert all(words in message for words in ("found a leak", "image train", "--as-paper"))
+    run_evaluate(*leak, "--as-paper")
     assert "MARKED" in (random_run / "leak/fid.md").read_text()
 
 
@@ -3511,18 +3413,8 @@ def test_audit_finds_copies(random_run, tmp_path):
     assert "copies among the generator's training images" in fails(*command)
     assert (tmp_path / "out/audit.png").is_file() and (tmp_path / "out/figure8.png").is_file()
     assert "= train" in (tmp_path / "out/audit.md").read_text()
-    evaluate.main([*map(str, command), "--as-paper"])
+    run_evaluate(*command, "--as-paper")
     assert "MARKED" in (tmp_path / "out/audit.md").read_text()
-
-
-@pytest.mark.parametrize("name, flags", [
-    ("audit", ["--data", "test", "--count", 10, *FAST]),
-    ("segment", ["--data", "lungs", "--timesteps", 100, 300, "--thresholds", 0.05, 0.5])])
-def test_audit_and_segment_are_the_same_on_one_rank_and_two(random_run, name, flags):
-    """Work repeated on every rank, images made twice or left black when it is shared."""
-    found = on_ranks(name, random_run, name + "{}", flags[0], random_run / flags[1], *flags[2:])
-    numbers = [[float(v) for v in re.findall(r"\d+\.\d+", json.dumps(rows))] for rows in found]
-    assert len(numbers[0]) > 8 and np.allclose(*numbers, rtol=1e-2, atol=2e-2)
 
 
 def test_segment_counts_images_without_masks_and_keeps_m_of_each_model(random_run, tmp_path):
@@ -3538,7 +3430,7 @@ def test_segment_counts_images_without_masks_and_keeps_m_of_each_model(random_ru
     assert "1 of 6 images have no lung mask" in (tmp_path / "out/segment.md").read_text()
     rows = read_rows(tmp_path / "out/segment.json")
     assert {row["M"] for row in rows if row["model"] == settings.init} == {4}
-    fixed = {(row["maps"], row["t"], row["M"]) for row in rows if row["model"] == "this run"
+    fixed = {(row["maps"], row["t"], row["M"]) for row in rows if row["model"] == evaluate.OWN
              and row["is_headline"] and row["by"] == "rule" and row["tau"] is None}
     assert fixed == {("all maps", 300, 16), ("last 2 maps", 300, 16)}
     assert (tmp_path / "out/figure5-9.png").is_file()
@@ -3546,76 +3438,69 @@ def test_segment_counts_images_without_masks_and_keeps_m_of_each_model(random_ru
 
 @pytest.fixture
 def foreign_run(random_run, tmp_path):
-    """A copy of the run, and what to change in its config."""
+    """A copy of the run, what to change in its config, and a command."""
     run = tmp_path / "run"
     shutil.copytree(random_run / "run", run, ignore=shutil.ignore_patterns("eval", "best.json"))
     config = read_rows(run / "config.json")
-    return run, lambda **changes: data.write_json(run / "config.json", config | changes)
+    command = ["fid", "--run-dir", run, "--data", random_run / "test", "--steps", 1, "--count", 6]
+    return run, lambda **changes: data.write_json(run / "config.json", config | changes), command
 
 
-def test_a_strangers_config_runs_nothing_and_damage_is_one_message(random_run, foreign_run):
+def test_a_strangers_config_runs_nothing_and_damage_is_one_message(foreign_run):
     """config.json's `pipe:` was executed when its images were opened; best.json: a traceback."""
-    run, change = foreign_run
+    run, change, command = foreign_run
     change(data=f"pipe:touch {run}/PWNED; echo {{shard}}")
-    command = ["fid", "--run-dir", run, "--data", random_run / "test", *FAST, "--count", 10]
-    evaluate.main([*map(str, command)])
+    run_evaluate(*command, "--protocol", "dino")
     assert not (run / "PWNED").exists()
     assert "out of reach" in (run / "eval/fid.md").read_text()
     (run / "best.json").write_text('{"step": ')
     assert "best.json" in fails(*command, "--checkpoints", "one")
 
 
-def test_paper_presets_take_the_papers_features_or_stop(random_run, foreign_run, monkeypatch):
+def test_paper_presets_take_the_papers_features_or_stop(foreign_run, monkeypatch):
     """A silent other network behind the number that stands beside the paper's 4.7."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    run, change = foreign_run
+    run, change, command = foreign_run
     change(preset="paper")
-    command = ["fid", "--run-dir", run, "--data", random_run / "test", "--steps", 1, "--count", 6]
     assert "hf download torchxrayvision" in fails(*command)
     evaluate.DenseNet(18).save_pretrained(run / "xrv")
-    evaluate.main([*map(str, command), "--xrv", str(run / "xrv")])
+    run_evaluate(*command, "--xrv", run / "xrv")
     assert "DiNOv1" in (run / "eval/fid.md").read_text()
 
 
 def test_report_of_several_runs_shares_tables_and_separates_what_does_not_compare(tmp_path):
-    """Numbers of two protocols in one table, or a run lost from the common figures."""
-    base = {"kid": 1.0, "kid_error": 0.1, "precision": 1.0, "recall": 1.0, "density": 1.0,
-            "coverage": 1.0, "fid_error": 0.1, "images": 9}
+    """Numbers of two protocols in one table, a run lost from the common figures; a mark that
+    numbers flatter, lost; a picture that is not there; two runs taken for one."""
+    measured = ("kid", "kid_error", "precision", "recall", "density", "coverage", "fid_error",
+                "fid_low", "fid_high")
     for run, protocol in (("v1", "local, 9"), ("v2", "local, 9"), ("v3", "dino, 9")):
-        rows = [base | {"run": run, "protocol": protocol, "kind": kind, "fid": fid, "step": step}
-                for kind, fid, step in (("real against real", 0.5, 5), ("reconstruction", 4.0, 5),
-                                        ("reconstruction", 3.0, 9))]
-        data.write_json(tmp_path / run / "eval/fid.json", rows)
-        data.write_json(tmp_path / run / "eval/classify.json", fold_rows(run, {1: 0.02}))
-    evaluate.main(["report", "--run-dir", *[str(tmp_path / f"v{k}") for k in (1, 2, 3)]])
+        place = tmp_path / run / "eval"
+        base = dict.fromkeys(measured, 1.0) | {"run": run, "protocol": protocol}
+        data.write_json(place / "fid.json", [
+            base | {"kind": kind, "fid": fid, "step": step} for kind, fid, step in (
+                ("real against real", 0.5, 5), ("reconstruction", 4.0, 5),
+                ("reconstruction", 3.0, 9))])
+        data.write_json(place / "classify.json", fold_rows(run, {1: 0.02}))
+        data.write_json(place / "audit.json", [{"run": run, "copies": ["x = y"], "among": "z"}])
+        data.write_file(place / "audit.md", f"> MARKED (--as-paper): of {run}.\n")
+        data.save_png(place / "audit.png", np.zeros((8, 8), np.uint8))
+    runs = [tmp_path / f"v{k}" for k in (1, 2, 3)]
+    run_evaluate("report", "--run-dir", *runs)
     text = (tmp_path / "report/report.md").read_text()
-    for words in ("Measured differently", "figure3-1.png", "| v1 |", "| v3 |",
-                  "v1 reconstruct 1:1", "v3 reconstruct 1:1"):
+    for words in ("## FID (local, 9)", "## FID (dino, 9)", "figure3-1.png", "| v1 |", "| v3 |",
+                  "v1 reconstruct 1:1", "v3 reconstruct 1:1", "> v2: MARKED (--as-paper): of v2.",
+                  "(../v3/eval/audit.png)", "DiNOv1, reconstruction", "montgomery"):
         assert words in text
+    shown = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert len(shown) == 2 + 1 + 3
+    assert all((tmp_path / "report" / name).is_file() for name in shown)
+    assert "nowhere: no results" in fails("report", "--run-dir", runs[0], "nowhere")
+    assert "a name for each" in fails("report", "--run-dir", runs[0], tmp_path / "other/v1")
+    run_evaluate("report", "--run-dir", runs[0], "--out", tmp_path / "one")
+    assert "(../v1/eval/audit.png)" in (tmp_path / "one/report.md").read_text()
     for damaged in ('[{"run"', "[1]", "[{}]", "{}", ""):
         (tmp_path / "v1/eval/fid.json").write_text(damaged)
-        assert "fid.json" in fails("report", "--run-dir", tmp_path / "v1")
-
-
-def test_report_of_several_runs_keeps_notes_and_pictures_and_goes_by_name(tmp_path):
-    """A mark that numbers flatter, lost; a picture that is not there; two runs taken for one."""
-    for run in ("a/v1", "a/v2", "b/v1"):
-        folder = tmp_path / run / "eval"
-        row = {"run": folder.parent.name, "copies": ["x = y"], "among": "training images"}
-        data.write_json(folder / "audit.json", [row])
-        data.write_file(folder / "audit.md", f"> MARKED (--as-paper): {run}.\n")
-        data.save_png(folder / "audit.png", np.zeros((8, 8), np.uint8))
-    evaluate.main(["report", "--run-dir", str(tmp_path / "a/v1"), str(tmp_path / "a/v2")])
-    text = (tmp_path / "a/report/report.md").read_text()
-    for run in ("v1", "v2"):
-        assert f"> {run}: MARKED (--as-paper): a/{run}." in text
-        assert f"(../{run}/eval/audit.png)" in text
-    shown = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert len(shown) == 2 and all((tmp_path / "a/report" / name).is_file() for name in shown)
-    assert "nowhere: no results" in fails("report", "--run-dir", tmp_path / "a/v1", "nowhere")
-    assert "a name for each" in fails("report", "--run-dir", tmp_path / "a/v1", tmp_path / "b/v1")
-    evaluate.main(["report", "--run-dir", str(tmp_path / "a/v1"), "--out", str(tmp_path / "one")])
-    assert "(../a/v1/eval/audit.png)" in (tmp_path / "one/report.md").read_text()
+        assert "fid.json" in fails("report", "--run-dir", runs[0])
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -3628,13 +3513,14 @@ def test_report_of_several_runs_keeps_notes_and_pictures_and_goes_by_name(tmp_pa
     (["classify", "--run-dir", "RUN", "--data", "TEST", "--sizes", "5000"], "no balanced subset"),
     (["classify", "--run-dir", "RUN", "--data", "TEST", "--strategies", "mix"], "reconstruct"),
     (["segment", "--run-dir", "RUN", "--data", "TEST"], "no lung masks"),
-    (["segment", "--run-dir", "RUN", "--data", "LUNGS", "--init", "sd15", "--context", "VAE"],
+    (["segment", "--run-dir", "RUN", "--data", "LUNGS", "--init", "UNET", "--context", "VAE"],
      "expected `context`"),
     (["report", "--run-dir", "RUN", "--out", "EMPTY"], "no results")])
 def test_evaluate_answers_bad_input_with_a_sentence(random_run, tmp_path, arguments, words):
     """A traceback, or a silent fallback to something else."""
     names = {"RUN": random_run / "run", "TEST": random_run / "test", "EMPTY": tmp_path / "x",
              "LUNGS": random_run / "lungs",
+             "UNET": random_run / "run/checkpoints/step-0000010/unet",
              "VAE": random_run / "run/vae/diffusion_pytorch_model.safetensors"}
     assert words in fails(*[names.get(word, word) for word in arguments])
 
@@ -3644,8 +3530,8 @@ def test_features_of_the_papers_protocol_see_pixels_within_1024(tmp_path):
     torch.manual_seed(0)
     net = evaluate.DenseNet(18).eval()
     net.save_pretrained(tmp_path)
-    m = SimpleNamespace(run=SimpleNamespace(device=torch.device("cpu")))
-    embed, _ = evaluate.xrv_features(m, SimpleNamespace(xrv=str(tmp_path)), False)
+    m = SimpleNamespace(run=SimpleNamespace(device=CPU))
+    embed, _ = evaluate.xrv_features(m, SimpleNamespace(xrv=str(tmp_path)))
     images = torch.randint(0, 256, (2, 224, 224), dtype=torch.uint8)
     pixels = (images[:, None].float() / 255 * 2 - 1) * 1024
     with torch.no_grad():
@@ -3656,9 +3542,8 @@ def test_features_of_the_papers_protocol_see_pixels_within_1024(tmp_path):
 # ==== README and docs keep their word ============================================================
 
 
-ROOT = Path(data.__file__).parent
-FILES = {path.name: path.read_text() for path in ROOT.glob("*.py")}
-PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+FILES = {path.name: path.read_text() for path in HERE.glob("*.py")}
+PAGES = [HERE / "README.md", *HERE.glob("docs/*.md")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -3685,7 +3570,7 @@ def test_docs_name_only_what_exists_and_their_commands_parse(page, monkeypatch):
         if called and called[1] == "data.py":
             data.parse({"prepare": data.Prepare(), "check": data.Check()}[words[0]], words[1:])
         elif called:
-            runpy.run_path(str(ROOT / called[1]), run_name="__main__")
+            runpy.run_path(str(HERE / called[1]), run_name="__main__")
 
 
 def test_readme_is_short_and_counts_lines_and_imports_are_those_of_the_requirements():
@@ -3716,6 +3601,6 @@ def test_each_choice_in_the_code_has_its_row_in_the_notes():
     for file in FILES.keys() - {"test_all.py"}:
         marks = [n for n, line in enumerate(FILES[file].splitlines(), 1) if "CHOICE:" in line]
         found.update(f"{file}:{choice_owner(ast.parse(FILES[file]).body, n)}" for n in marks)
-    notes = (ROOT / "docs/notes.md").read_text().split("## Paper says")[1]
+    notes = (HERE / "docs/notes.md").read_text().split("## Paper says")[1]
     rows = re.findall(r"^\| `(\w+\.py:[\w.]+)` \|", notes, re.M)
     assert found == Counter(rows)

@@ -239,38 +239,38 @@ def train_vae(config: VAEConfig, settings: VAESettings, ds, device, log) -> VAE:
     """Train a VAE on `ds` -> it in eval mode, its scaling factor 1 / (the latents' SD).
 
     A function of its arguments: killed, it starts again and gives the same weights (on a GPU to
-    rounding). log(dict) once a step. UserError after ten steps in a row that are not finite.
+    rounding). A step that is not finite changes nothing. `log` gets a dict a step, in which
+    `skipped` names images of such a step; it may end the training by an error.
     """
-    seed = settings.seed
-    torch.manual_seed(seed)
+    s = settings
+    torch.manual_seed(s.seed)
     vae = VAE(dataclasses.replace(config))  # a copy: the caller's keeps its scaling factor
     for name, weight in vae.named_parameters():
         if name.endswith(("conv2.weight", "to_out.0.weight")):
             nn.init.zeros_(weight)  # residual branches: a shallow net at first learns much sooner
     vae.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
-    stream = islice(batches(ds, settings.batch, 0, seed), settings.steps)
+    stream = islice(batches(ds, s.batch, 0, s.seed), s.steps)
     variance = 0.0  # of the latents: a moving average over the steps that were taken
     taken = 0
-    skipped = 0  # steps in a row
-    for step, _, images in progress(stream, "VAE", settings.steps, "step"):
-        lr = settings.lr * min(1.0, (step + 1) / (0.05 * settings.steps))
-        lr *= 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    for step, ids, images in progress(stream, "VAE", s.steps, "step"):
+        lr = s.lr * min(1.0, (step + 1) / (0.05 * s.steps))
+        lr *= 0.5 * (1 + math.cos(math.pi * step / s.steps))
         optimizer.param_groups[0]["lr"] = lr
-        side = min(settings.crop or images.shape[2], images.shape[2])
-        corners = uniforms(2, seed, step, np.arange(len(images))) * (images.shape[2] - side + 1)
+        side = min(s.crop or images.shape[2], images.shape[2])
+        corners = uniforms(2, s.seed, step, np.arange(len(images))) * (images.shape[2] - side + 1)
         squares = [image[i:i + side, j:j + side]
                    for image, (i, j) in zip(images.to(device), corners.astype(int))]
         x = to_model(torch.stack(squares))
         x = x.contiguous(memory_format=torch.channels_last)  # (B, 3, crop, crop)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             mean, logvar = vae.encode(x)
-            rng = generator(device, seed, step, 1)
+            rng = generator(device, s.seed, step, 1)
             noise = torch.randn(mean.shape, device=device, generator=rng)
             reconstruction = vae.decode(mean + torch.exp(0.5 * logvar) * noise)
         mean = mean.float()
         logvar = logvar.float()
-        loss = vae_loss(x, reconstruction.float(), mean, logvar, settings)
+        loss = vae_loss(x, reconstruction.float(), mean, logvar, s)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -279,14 +279,9 @@ def train_vae(config: VAEConfig, settings: VAESettings, ds, device, log) -> VAE:
             optimizer.step()
             variance = 0.98 * variance + 0.02 * (mean.var() + logvar.exp().mean()).item()
             taken += 1
-            skipped = 0
         else:
-            row["skipped"] = True
-            skipped += 1
+            row["skipped"] = [ds.keys[i] for i in ids[:8].tolist()]
         log(row)
-        if skipped == min(10, settings.steps):
-            raise UserError(f"training the VAE: loss or gradient was not finite in {skipped} steps "
-                            f"in a row, the last of them step {step + 1}; try a smaller lr")
     variance /= 1 - 0.98**taken  # the average began at zero
     vae.config.scaling_factor = round(variance**-0.5, 5)
     return vae.eval()
