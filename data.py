@@ -1571,11 +1571,11 @@ class Film:
 
 
 def walk(root, skip=None) -> dict[str, str]:
-    """{name: path} of all regular files in a folder, sorted: each once, whatever links lead to it,
+    """{name: path} of all regular files in a folder, sorted: each inode once, links or not,
     nothing hidden, no system folders, not the folder `skip`. Of a file: itself."""
     if os.path.isfile(root):
         return {os.path.basename(root): str(root)}
-    found = {}  # by the real path
+    found = {}  # by inode
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=note):
         place = os.path.realpath(folder)
@@ -1584,12 +1584,14 @@ def walk(root, skip=None) -> dict[str, str]:
             continue
         seen.add(place)
         folders[:] = sorted(name for name in folders if not SYSTEM.match(name))
-        for name in names:
+        for name in sorted(names):
             path = os.path.join(folder, name)
-            place = os.path.realpath(path)
-            is_first = place not in found or not os.path.islink(path)
-            if is_first and os.path.isfile(path) and not SYSTEM.match(name):
-                found[place] = path
+            if SYSTEM.match(name) or not os.path.isfile(path):
+                continue
+            status = os.stat(path)
+            known = found.setdefault((status.st_dev, status.st_ino), path)
+            if os.path.islink(known) and not os.path.islink(path):
+                found[status.st_dev, status.st_ino] = path
     return {os.path.relpath(path, root): path for path in sorted(found.values())}
 
 

@@ -2241,6 +2241,7 @@ def test_walks_meet_each_picture_once_and_nothing_that_hangs(tmp_path):
     os.mkfifo(found / "pipe.png")
     for name, target in (("loop", found), ("a.png", found / "x000.png"), ("b.png", "/dev/zero")):
         (found / name).symlink_to(target)
+    os.link(found / "x000.png", found / "x999.png")
     (found / "._x000.png").write_bytes(b"resource fork")
     os.rename(found / "x001.png", os.fsencode(found) + b"/x\xff.png")
     (found / "1.2.840.78").write_bytes(data_dicom(data_xray().astype(np.uint16)))
