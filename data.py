@@ -92,10 +92,11 @@ def command_line(doc: str, commands: dict, argv: list[str] | None = None) -> Non
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all letters
     if name not in commands:
-        is_help = argv[:1] in (["-h"], ["--help"])
-        found = doc.strip() if is_help else f"found {argv[:1]}"
-        note(f"{found}\nexpected one of {' | '.join(commands)}; each has its own --help")
-        sys.exit(0 if is_help else 1)
+        usage = f"one of {' | '.join(commands)}; each has its own --help"
+        if argv[:1] in (["-h"], ["--help"]):
+            print(f"{doc.strip()}\n\ncommands: {usage}")
+            sys.exit()
+        sys.exit(f"{program}: found {' '.join(argv[:1]) or 'no command'}, expected {usage}")
     defaults, function = commands[name]
     try:
         if not dataclasses.is_dataclass(defaults):
