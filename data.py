@@ -475,9 +475,9 @@ def hub_files(repository: str, patterns: list[str], revision: str | None = None,
         f"then give that folder's path instead of {repository!r}.")
 
 
-def hub_file(repository: str, name: str) -> Path:
+def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
     """One file of a hub model, fetched where the hub's cache has it not."""
-    return hub_files(repository, [name])[0] / name
+    return hub_files(repository, [name], revision)[0] / name
 
 
 def first_line(error: Exception) -> str:
@@ -1520,6 +1520,7 @@ def open_remote(spec: str, size: int, count: int | None, cache_gb: float) -> XRa
     except UserError:
         if not cached:
             raise
+        note(f"{spec}: out of reach; the {len(cached)} files in the hub's cache are used")
         return open_shards(spec, size, cached, count)
     counts = shard_counts(rows)
     wanted = fnmatch.filter(counts, os.path.basename(pattern))

@@ -834,7 +834,8 @@ def plan_views(run: Run, ds) -> list[tuple[int, int]]:
     row = sum(2 * x.numel() for x in encode_view(run, ds.read([0]), [0], 0))  # bytes of an image
     need = len(missing) * min(VIEW_BLOCK, len(ds)) * row / 1e9
     free = shutil.disk_usage(path.parent).free / 1e9
-    print(f"views: {need:.2f} GB to be made in {path.parent}", flush=True)
+    if missing:
+        print(f"views of {len(ds):,} images: {need:.2f} GB in {path.parent}", flush=True)
     if need > free:
         raise UserError(f"{path.parent}: {need:.1f} GB are needed and {free:.1f} GB free; take "
                         "fewer --views, or --views 0 to encode at every step")
@@ -938,7 +939,8 @@ def make_net(name: str, s: Train, ds, device: torch.device) -> nn.Module:
         return NETS[name].from_pretrained(f"{SD15}:unet" if source == "sd15" else source)
     if name == "vae":
         recipe = dataclasses.replace(s.vae_settings, steps=s.vae_steps, seed=s.seed)
-        return train_vae(s.vae_config, recipe, ds, device, Log(s, "vae", s.vae_steps).write)
+        config = dataclasses.replace(s.vae_config, sample_size=s.size)
+        return train_vae(config, recipe, ds, device, Log(s, "vae", s.vae_steps).write)
     recipe = dataclasses.replace(s.dino_settings, steps=s.vit_steps, seed=s.seed)
     return train_dino(s.vit_config, recipe, ds, device, Log(s, "vit", s.vit_steps).write)
 

@@ -1164,7 +1164,9 @@ def train_fold(s, parts, seed, device, path) -> dict:
     try:
         net, found = fit(s, parts.pop("train"), parts.pop("val"), seed, device)
         for name, part in parts.items():
-            found[name] = macro_auc(net, part, s.size, device)
+            auc = macro_auc(net, part, s.size, device)
+            if math.isfinite(auc):  # NaN is no JSON
+                found[name] = auc
     except UserError as error:
         found = {"error": str(error)}
     data.write_json(path, found)
@@ -1775,6 +1777,8 @@ def evaluate_all(s: Everything) -> None:
             if ranks()[1] > 1:
                 raise UserError(f"{name}: {error}; the other commands go by their names") from None
             note(failed, f"{name} was left out: {error}")
+    if len(failed) == len(COMMANDS):
+        raise UserError("nothing could be measured: " + "; ".join(failed))
     if ranks()[0] == 0:
         out = Path(s.out or Path(folder, "eval"))
         write_report([out], out, failed)

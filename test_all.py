@@ -1893,18 +1893,31 @@ def test_weights_index_names_files_of_its_own_folder_alone(tmp_path, index):
         read_weights(tmp_path / "net")
 
 
+def hub_cache(folder, monkeypatch):
+    """From here on the hub's cache is `folder`."""
+    for module in ("constants", "file_download.constants", "_snapshot_download.constants"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(folder))
+
+
+def hub_snapshot(cache, repository, sources):
+    """{name: file or folder} as `hf download` leaves them in the hub's cache."""
+    place = cache / repository
+    for name, source in sources.items():
+        there = place / "snapshots" / ("0" * 40) / name
+        there.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, there)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+
+
 def test_hub_snapshots_open_without_network_and_flag(tmp_path, monkeypatch):
     """Would catch a wait of 23 s for a network, a cached model or data set that is not found, and a
     message that does not say what to download."""
     write_weights(tmp_path / "net", {"a": 1}, {"a": torch.ones(1)}, "model.safetensors")
     shards = data_prepared(tmp_path)
     for kind, folder in (("models--me--net", tmp_path / "net"), ("datasets--me--xrays", shards)):
-        place = tmp_path / "hub" / kind  # as `hf download` leaves it
-        shutil.copytree(folder, place / "snapshots" / ("0" * 40) / "sub")
-        (place / "refs").mkdir()
-        (place / "refs" / "main").write_text("0" * 40)
-    for module in ("constants", "file_download.constants", "_snapshot_download.constants"):
-        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(tmp_path / "hub"))
+        hub_snapshot(tmp_path / "hub", kind, {"sub": folder})
+    hub_cache(tmp_path / "hub", monkeypatch)
     begin = time.time()
     config, state, _ = read_weights("me/net", "sub")
     assert config == {"a": 1} and list(state) == ["a"]
@@ -2520,6 +2533,19 @@ def data_rows(shards, images, size=0):
     return np.rec.fromarrays(list(zip(*rows)), names=",".join(data.COLUMNS))
 
 
+def test_shards_without_an_index_are_scanned_once_until_they_change(tmp_path, monkeypatch):
+    """Would catch terabytes read through at each start by each rank, and an index of old shards."""
+    shards = data_prepared(tmp_path, 6, 3)
+    (shards / data.INDEX).unlink()
+    scans = []
+    scan = data.scan_shards
+    monkeypatch.setattr(data, "scan_shards", lambda paths: scans.append(1) or scan(paths))
+    for changed, expected in ((False, 1), (False, 1), (True, 2)):
+        if changed:
+            os.utime(next(shards.glob("*.tar")), (1, 1))
+        assert len(data.open_data(str(shards / "*.tar"), 32)) == 6 and len(scans) == expected
+
+
 def test_a_million_rows_open_in_about_a_second(tmp_path):
     """Would catch an index whose opening takes longer than an epoch, or a part of it mixed up."""
     np.savez(tmp_path / data.INDEX, rows=data_rows(3, 100_000))
@@ -2601,6 +2627,8 @@ def test_pipe_shards_are_fetched_once_checked_and_dropped(tmp_path, monkeypatch,
     shards, log = data_prepared(tmp_path, 60, 2), tmp_path / "log"
     spec = f"pipe:echo {{shard}} >> {log}; cat {shards}/{{shard}}"
     local = data.open_data(str(shards / "*.tar"), 32)
+    flaky = f"test -e {tmp_path}/again || {{{{ touch {tmp_path}/again; exit 1; }}}}; cat {shards}"
+    assert len(data.open_data("pipe:" + flaky.format() + "/{shard}", 32)) == 60  # at the second try
     for gigabytes in (20, 1e-9):
         remote = data.open_data(spec, 32, cache_gb=gigabytes)
         for path in remote.remote.folder.glob("*.tar"):
@@ -2897,7 +2925,7 @@ def test_densenet_golden_numbers():
     assert np.allclose(model.embed(densenet_input())[1, ::8], golden, rtol=0, atol=1e-9)
 
 
-def test_densenet_has_the_public_keys_and_shapes_and_loads_public_files(tmp_path):
+def test_densenet_has_the_public_keys_and_shapes_and_loads_public_files(tmp_path, monkeypatch):
     """A renamed module, so that the public weights would not load; a file by another road."""
     net = evaluate.DenseNet(18)
     state = net.state_dict()
@@ -2912,6 +2940,14 @@ def test_densenet_has_the_public_keys_and_shapes_and_loads_public_files(tmp_path
     for source in (tmp_path, tmp_path / "model.pt", tmp_path / "safe"):
         again = evaluate.DenseNet.from_pretrained(source).state_dict()
         assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
+    cpu = SimpleNamespace(run=SimpleNamespace(device=torch.device("cpu")))
+    hub_cache(tmp_path / "hub", monkeypatch)
+    with pytest.raises(UserError, match="hf download"):
+        evaluate.xrv_features(cpu, evaluate.Fid())
+    hub_snapshot(tmp_path / "hub", "models--" + evaluate.XRV.replace("/", "--"),
+                 {"model.pt": tmp_path / "model.pt"})
+    again = evaluate.xrv_features(cpu, evaluate.Fid())[1].state_dict()
+    assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
 
 
 class PickledNet(nn.Module):
