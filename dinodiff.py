@@ -165,21 +165,21 @@ def dynamic_code(signed: bool) -> Tensor:
 
 
 def quantize(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """x float32 -> uint8 (blocks, 256) positions of the nearest code, maxima (blocks, 1)."""
-    blocks = nn.functional.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    """x (n,) float32 -> uint8 (blocks, 256) positions of the nearest code, maxima (blocks, 1)."""
+    blocks = nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(dim=1, keepdim=True)
     middles = (code[1:] + code[:-1]) / 2
     positions = torch.bucketize(blocks / largest.clamp(min=1e-38), middles)
     return positions.to(torch.uint8), largest
 
 
-def dequantize(q: Tensor, largest: Tensor, code: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `quantize`, in the shape of `like`."""
-    return (code[q.int()] * largest).flatten()[: like.numel()].view_as(like)
+def dequantize(q: Tensor, largest: Tensor, code: Tensor, n: int) -> Tensor:
+    """The inverse of `quantize` -> (n,) float32."""
+    return (code[q.int()] * largest).flatten()[:n]
 
 
 def adam_(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Tensor) -> None:
-    """One AdamW step in place. rates: 1 - β1, 1 - β2, step size, eps, 1 - lr * decay."""
+    """One AdamW step in place, all (n,). rates: 1 - β1, 1 - β2, step size, eps, 1 - lr * decay."""
     m.copy_(m + (grad - m) * rates[0])
     v.copy_(v + (grad * grad - v) * rates[1])
     p.copy_((p - rates[2] * m / (v.sqrt() + rates[3])) * rates[4])  # decoupled decay, last
@@ -188,13 +188,21 @@ def adam_(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Tensor) -> None:
 def adam8bit_(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Tensor, m_max: Tensor,
               v_max: Tensor, signed: Tensor, unsigned: Tensor) -> None:
     """The same on moments of a byte; the step uses them before they are rounded again."""
-    wide_m = dequantize(m, m_max, signed, grad)
-    wide_v = dequantize(v, v_max, unsigned, grad)
+    wide_m = dequantize(m, m_max, signed, len(grad))
+    wide_v = dequantize(v, v_max, unsigned, len(grad))
     adam_(p, grad, wide_m, wide_v, rates)
     for code, wide, q, largest in ((signed, wide_m, m, m_max), (unsigned, wide_v, v, v_max)):
         positions, maxima = quantize(wide, code)
         q.copy_(positions)
         largest.copy_(maxima)
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """A view of a dense tensor (channels_last, too) as (n,).
+
+    TRAP: torch.compile makes a graph for each shape of a parameter, and gives up after eight.
+    """
+    return x.detach().as_strided((x.numel(),), (1,))
 
 
 class Adam8bit(torch.optim.Optimizer):
@@ -206,40 +214,50 @@ class Adam8bit(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 1e-2):
+                 eps: float = 1e-8, weight_decay: float = 1e-2, is_compiled: bool = True):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.codes = {"m": dynamic_code(True), "v": dynamic_code(False)}
         self.rules = (adam_, adam8bit_)
-        if self.param_groups[0]["params"][0].is_cuda:
+        if is_compiled and self.param_groups[0]["params"][0].is_cuda:
             self.rules = [torch.compile(rule, dynamic=True) for rule in self.rules]
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            rates = {}  # {step: `adam_`'s rates}; nearly always of one step
             for p in group["params"]:
                 if p.grad is not None:
-                    self.update(p, self.state[p], group)
+                    self.update(p, self.state[p], group, rates)
 
-    def update(self, p: Tensor, state: dict, group: dict) -> None:
+    def update(self, p: Tensor, state: dict, group: dict, rates: dict) -> None:
         self.codes = {name: code.to(p.device) for name, code in self.codes.items()}
+        is_alike = p.grad.stride() == p.stride() and p.grad.dtype == torch.float32
+        grad = p.grad if is_alike else torch.empty_like(p, dtype=torch.float32).copy_(p.grad)
+        grad = in_memory_order(grad)
         if not state:
             state["step"] = torch.zeros(())
             for name, code in self.codes.items():
-                state[name] = torch.zeros_like(p, dtype=torch.float32)
-                if p.numel() >= SMALL:
+                state[name] = torch.zeros_like(grad)
+                if len(grad) >= SMALL:
                     state[name], state[f"{name}_max"] = quantize(state[name], code)
         state["step"] += 1
-        # The moments' start at zero is corrected in the step size; eps acts on the corrected √v.
-        beta1, beta2 = group["betas"]
-        correction = (1 - beta2 ** float(state["step"])) ** 0.5
-        size = group["lr"] * correction / (1 - beta1 ** float(state["step"]))
-        decay = 1 - group["lr"] * group["weight_decay"]
-        rates = torch.tensor([1 - beta1, 1 - beta2, size, group["eps"] * correction, decay])
-        common = (p, p.grad.float(), state["m"], state["v"], rates)
-        if p.numel() < SMALL:
+        step = float(state["step"])
+        if step not in rates:
+            rates[step] = adam_rates(step, **group).to(p.device, non_blocking=True)
+        common = (in_memory_order(p), grad, state["m"], state["v"], rates[step])
+        if len(grad) < SMALL:
             self.rules[0](*common)
         else:
             self.rules[1](*common, state["m_max"], state["v_max"], *self.codes.values())
+
+
+def adam_rates(step: float, lr, betas, eps, weight_decay, **others) -> Tensor:
+    """What `adam_` takes, (5,). The moments' start at zero is corrected in the step size; eps acts
+    on the corrected √v. TRAP: a compiled kernel cannot read numbers that are left on the CPU."""
+    correction = (1 - betas[1] ** step) ** 0.5
+    size = lr * correction / (1 - betas[0] ** step)
+    return torch.tensor(
+        [1 - betas[0], 1 - betas[1], size, eps * correction, 1 - lr * weight_decay])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -866,10 +884,10 @@ def encode_view(run: Run, pictures: Tensor, ids, draw: int) -> list[Tensor]:
     CHOICE: DINO sees the augmented image, as the VAE does, so the pair (z0, c) stays true.
     """
     pictures = pictures.to(run.device, non_blocking=True)
+    x = to_model(pictures)
+    if run.config["augment"]:
+        x = data.augment(pictures, ids, draw, run.config["seed"]).expand(-1, 3, -1, -1)
     with autocast(run.device, run.config["dtype"]):
-        x = to_model(pictures)
-        if run.config["augment"]:
-            x = data.augment(pictures, ids, draw, run.config["seed"]).expand(-1, 3, -1, -1)
         mean, logvar = run.vae.encode(x.contiguous(memory_format=torch.channels_last))
         c = condition(run.vit, x, run.config["tokens"])
     return [mean.float(), logvar.float(), c.float()]
@@ -921,7 +939,9 @@ def finish_stages(s: Train, ds, device: torch.device) -> None:
         place = Path(s.run_dir, name)
         if name not in config["stages"]:
             if not place.is_dir():
-                make_net(name, s, ds, device).save_pretrained(place)
+                net = make_net(name, s, ds, device)
+                with data.whole(place) as partial:
+                    net.save_pretrained(partial)
             NETS[name].from_pretrained(place)  # a copy that does not open is not recorded
             config["stages"][name] = checksums(place)
             data.write_json(Path(s.run_dir, "config.json"), config)
@@ -940,9 +960,10 @@ def make_net(name: str, s: Train, ds, device: torch.device) -> nn.Module:
     if name == "vae":
         recipe = dataclasses.replace(s.vae_settings, steps=s.vae_steps, seed=s.seed)
         config = dataclasses.replace(s.vae_config, sample_size=s.size)
-        return train_vae(config, recipe, ds, device, Log(s, "vae", s.vae_steps).write)
+        return train_vae(config, recipe, ds, device, Log(s, "vae", s.vae_steps).write, s.workers)
     recipe = dataclasses.replace(s.dino_settings, steps=s.vit_steps, seed=s.seed)
-    return train_dino(s.vit_config, recipe, ds, device, Log(s, "vit", s.vit_steps).write)
+    return train_dino(s.vit_config, recipe, ds, device, Log(s, "vit", s.vit_steps).write,
+                      s.workers)
 
 
 def from_scratch(config: UNetConfig) -> UNet:
@@ -979,7 +1000,7 @@ def open_unet(s: Train, run: Run) -> tuple[UNet, torch.optim.Optimizer]:
     optimizer = make_optimizer(s, unet)
     if place:
         restore_optimizer(optimizer, data.load_tensors(place / "optimizer.safetensors")[0])
-    compile_nets(s, unet, run.vae)
+    compile_on_gpu(s, unet)
     if run.device.type == "cuda":
         c = condition(run.vit, torch.zeros(1, 3, 8, 8, device=run.device), s.tokens)
         on_rank_0(lambda: print(memory_plan(s, unet.config, c.shape[1]), flush=True))
@@ -989,16 +1010,15 @@ def open_unet(s: Train, run: Run) -> tuple[UNet, torch.optim.Optimizer]:
 def make_optimizer(s: Train, unet: UNet) -> torch.optim.Optimizer:
     options = dict(lr=s.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay)
     if s.optimizer == "adam8bit":
-        return Adam8bit(unet.parameters(), **options)
+        return Adam8bit(unet.parameters(), **options, is_compiled=s.compile)
     return torch.optim.AdamW(unet.parameters(), fused=True, **options)
 
 
-def compile_nets(s: Train, unet: UNet, vae: VAE) -> None:
+def compile_on_gpu(s: Train, net: nn.Module) -> None:
     """On CUDA; in place, so that weights keep their names."""
-    if s.compile and next(unet.parameters()).is_cuda:
+    if s.compile and next(net.parameters()).is_cuda:
         torch._dynamo.config.optimize_ddp = False  # one graph; DDP's cuts would make 71 of it
-        unet.compile()
-        vae.encoder.compile()
+        net.compile()
 
 
 def memory_plan(s: Train, config: UNetConfig, tokens: int) -> str:
@@ -1114,6 +1134,7 @@ def open_frozen(s: Train, device: torch.device, rank: int) -> tuple[Run, data.XR
     on_rank_0(lambda: finish_stages(s, ds, device))
     vae = freeze(VAE.from_pretrained(wait_for(folder / "vae")), device)
     vit = freeze(ViT.from_pretrained(wait_for(folder / "vit")), device)
+    compile_on_gpu(s, vae.encoder)
     return Run(folder, vars(s), s.size, 0, None, vae, vit, Schedule(), device), ds
 
 
@@ -1133,8 +1154,8 @@ def train(settings: Train) -> None:
     log = Log(s, "unet", s.steps, run.step)
     signals = watch_signals()
     bar = data.progress(range(run.step, s.steps), "UNet", s.steps, "step", run.step)
+    clock = time.perf_counter()
     for step in bar:
-        clock = time.perf_counter()
         t, eps, noise = draw_step(s, step, run.latent_shape, device)  # [DDPM algorithm 1]
         lr = optimizer.param_groups[0]["lr"] = learning_rate(s, step + 1)
         loss_sum = torch.zeros((), device=device)
@@ -1158,7 +1179,9 @@ def train(settings: Train) -> None:
 
         norm = nn.utils.clip_grad_norm_(unet.parameters(), s.clip or math.inf)
         loss_mean, norm, stops = share_step(loss_sum, norm, bool(signals))
-        rate = round(s.batch / (time.perf_counter() - clock), 2)
+        now = time.perf_counter()  # a step is from here to here: its update is in the next one's
+        rate = round(s.batch / (now - clock), 2)
+        clock = now
         run.step = step + 1
         row = {"stage": "unet", "step": run.step, "loss": loss_mean, "lr": lr, "grad_norm": norm,
                "images_per_s": rate}
@@ -1186,7 +1209,10 @@ def save_step(s: Train, run: Run, ds, unet: UNet, optimizer, skipped: int, stops
     """
     is_end = run.step == s.steps
     if not stops and (is_end or run.step % s.sample_every == 0):
-        save_grid(run, ds)
+        # Other shapes than the training's, twice in an hour: not worth a compilation.
+        is_compiled = run.device.type == "cuda"
+        with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
+            save_grid(run, ds)
     is_end = is_end or stops
     # Weights that give no finite numbers are not saved, but for one bad step at the end.
     if (is_end or run.step % s.checkpoint_every == 0) and skipped <= is_end:
@@ -1354,7 +1380,7 @@ class Bench:
 
 
 def seconds_of(part: Callable) -> float:
-    """Seconds of the fastest of five calls, after one that warms up; sharing only adds time."""
+    """Seconds of the fastest of five calls, after those that warm up; sharing only adds time."""
     timer = Timer("part()", globals={"part": part}, num_threads=torch.get_num_threads())
     return min(timer.timeit(1).median for _ in range(5))
 
@@ -1372,7 +1398,8 @@ def bench_parts(s: Train, device: torch.device) -> tuple[UNet, dict[str, Callabl
         zt = torch.randn(B, 4, side, side)
         c = torch.randn(B, vit.config.global_count, vit.config.hidden_size)
         t = torch.zeros(B, dtype=torch.long)
-    compile_nets(s, unet, vae)
+    compile_on_gpu(s, unet)
+    compile_on_gpu(s, vae.encoder)
     return unet, {
         "UNet forward": torch.no_grad()(lambda: unet(zt, t, c)),
         "UNet forward and backward": lambda: unet(zt, t, c).float().square().mean().backward(),
@@ -1394,6 +1421,7 @@ def count_flops(s: Train) -> dict[str, int]:
 def bench(settings: Bench) -> None:
     """FLOPs (counted), time, share of the machine's peak and memory of each part of the work."""
     device = pick_device(settings.device)
+    start_ranks(device)  # TF32 and cuDNN's search, as in training
     changes = vars(settings) | {"batch": settings.micro_batch, "data": "none"}
     s = dataclasses.replace(find_preset(settings.preset), **changes)
     check_settings(s, 1)
@@ -1402,19 +1430,21 @@ def bench(settings: Bench) -> None:
     unet, parts = bench_parts(s, device)
     parts[f"{s.optimizer} step"] = make_optimizer(s, unet).step
     n = 8192 if device.type == "cuda" else 1024
-    square = torch.randn(n, n, device=device)
-    with autocast(device, s.dtype):
-        peak = 2 * n**3 / seconds_of(lambda: square @ square)
-        seconds = {title: seconds_of(part) for title, part in parts.items()}
+    kind = torch.bfloat16 if s.dtype == "bf16" else torch.float32
+    square = torch.randn(n, n, device=device, dtype=kind)
+    peak = 2 * n**3 / seconds_of(lambda: square @ square)
     print(f"{s.preset}, {s.dtype}, {device}, peak of a matrix product {peak / 1e12:.2f} TFLOP/s\n"
-          f"  {'':<27}{'GFLOP/image':>12}{'ms/pass':>10}{'images/s':>10}{'% of peak':>11}")
-    for title, time_of in seconds.items():
-        rate = s.micro_batch / time_of
+          f"  {'':<27}{'GFLOP/image':>12}{'ms/pass':>10}{'images/s':>10}{'% of peak':>11}{'GB':>7}")
+    for title, part in parts.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        # Around each call, for autocast remembers its casts until it is left.
+        seconds = seconds_of(autocast(device, s.dtype)(part))
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        rate = s.micro_batch / seconds
         work = flops.get(title, 0)
-        print(f"  {title:<27}{work / 1e9:>12.2f}{1e3 * time_of:>10.1f}{rate:>10.1f}"
-              f"{100 * work * rate / peak:>11.1f}")
-    if device.type == "cuda":
-        print(f"  largest memory in use: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+        print(f"  {title:<27}{work / 1e9:>12.2f}{1e3 * seconds:>10.1f}{rate:>10.1f}"
+              f"{100 * work * rate / peak:>11.1f}{memory / 1e9:>7.1f}", flush=True)
 
 
 if __name__ == "__main__":

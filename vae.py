@@ -175,11 +175,14 @@ class VAE(nn.Module):
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
 
     def _parts(self, batch: Tensor, zoom: int) -> tuple[Tensor, ...]:
-        """Equal parts of a batch, so that no activation reaches LIMIT elements."""
+        """Parts of a batch, so that no activation reaches LIMIT elements; equal where twice as many
+        can be, for each size is compiled anew."""
         pixels = (zoom * batch.shape[2] + 1) * (zoom * batch.shape[3] + 1)  # of an image, padded
         widest = max(self.config.block_out_channels[:2])  # where the decoder enters its last level
         most = max(1, (LIMIT - 1) // (widest * pixels))  # images in a part
-        return batch.chunk(math.ceil(len(batch) / most))
+        least = math.ceil(len(batch) / most)
+        count = next((n for n in range(least, 2 * least) if len(batch) % n == 0), least)
+        return batch.chunk(count)
 
     @classmethod
     def from_pretrained(cls, source, subfolder=None, revision=None) -> VAE:
@@ -235,7 +238,7 @@ def vae_loss(x, reconstruction, mean, logvar, settings: VAESettings) -> Tensor:
     return difference.abs().mean() + settings.edge_weight * edges + settings.kl_weight * kl
 
 
-def train_vae(config: VAEConfig, settings: VAESettings, ds, device, log) -> VAE:
+def train_vae(config: VAEConfig, settings: VAESettings, ds, device, log, workers=0) -> VAE:
     """Train a VAE on `ds` -> it in eval mode, its scaling factor 1 / (the latents' SD).
 
     A function of its arguments: killed, it starts again and gives the same weights (on a GPU to
@@ -250,7 +253,7 @@ def train_vae(config: VAEConfig, settings: VAESettings, ds, device, log) -> VAE:
             nn.init.zeros_(weight)  # residual branches: a shallow net at first learns much sooner
     vae.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
-    stream = islice(batches(ds, s.batch, 0, s.seed), s.steps)
+    stream = islice(batches(ds, s.batch, 0, s.seed, workers=workers), s.steps)
     variance = 0.0  # of the latents: a moving average over the steps that were taken
     taken = 0
     for step, ids, images in progress(stream, "VAE", s.steps, "step"):

@@ -164,8 +164,10 @@ class ViT(nn.Module):
 
     def normalise(self, x: Tensor) -> Tensor:
         """x (B, 1 or 3, H, W) in [0, 1] -> (B, 3, H, W) as `forward` takes it."""
-        mean, std = x.new_tensor([self.config.mean, self.config.std]).view(2, 3, 1, 1)
-        return (x - mean) / std
+        # Plain numbers: a tensor of them would make the CPU wait for its way to the GPU.
+        channels = x.expand(-1, 3, -1, -1).unbind(1)
+        return torch.stack([(channel - mean) / std for channel, mean, std in zip(
+            channels, self.config.mean, self.config.std)], dim=1)
 
     def prepare(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] -> (B, 3, S, S) for `forward`; CHOICE: whole, not cropped."""
@@ -382,7 +384,8 @@ def crops(images: Tensor, count: int, size: int, scale: tuple, jitter: float, rn
     stretch = (4 / 3) ** (stretch / 2)
     sides = torch.cat([side * stretch, side / stretch], dim=3).clamp(max=1)  # width, height
     middle = (1 - sides) * torch.cat([left, top], dim=3)
-    whole = F.affine_grid(torch.eye(2, 3, device=device)[None], (1, 1, size, size), False)
+    theta = torch.eye(2, 3, device=device, dtype=torch.float64)  # TRAP: TF32 would round the grid
+    whole = F.affine_grid(theta[None], (1, 1, size, size), False).float()
     x = images[:, None].float().repeat(count, 1, 1, 1) / 255
     x = F.grid_sample(x, whole * sides + middle, padding_mode="border", align_corners=False)
     x = x.clamp(1e-4, 1) ** (2 ** (1.5 * jitter * gamma))
@@ -414,7 +417,8 @@ def standardise(vit: ViT, batches, device) -> None:
     vit.norm.weight.div_(deviation)
 
 
-def train_dino(config: ViTConfig, settings: DinoSettings, ds, device="cpu", log=print) -> ViT:
+def train_dino(config: ViTConfig, settings: DinoSettings, ds, device="cpu", log=print,
+               workers=0) -> ViT:
     """Train a ViT without labels on the images of `ds` -> the teacher, in eval mode. The student
     sees all crops and is to guess what the teacher, its own moving average, says of other ones.
 
@@ -429,7 +433,7 @@ def train_dino(config: ViTConfig, settings: DinoSettings, ds, device="cpu", log=
     teacher = copy.deepcopy(student).requires_grad_(False)
     weights = list(student.parameters())
     optimizer = torch.optim.AdamW(weights, weight_decay=s.weight_decay, fused=True)
-    stream = data.batches(ds, s.batch, 0, s.seed)
+    stream = data.batches(ds, s.batch, 0, s.seed, workers=workers)
     for step, ids, images in data.progress(
             itertools.islice(stream, s.steps), "DINO", s.steps, "step"):
         falling = 0.5 * (1 + math.cos(math.pi * step / s.steps))  # half a cosine, from 1 to 0

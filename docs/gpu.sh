@@ -11,6 +11,7 @@ XRAYS=${1:-phantom}
 mkdir -p "$OUT"
 say() { printf '\n== %s\n' "$*" | tee -a "$OUT/summary.txt"; }
 keep() { tee -a "$OUT/summary.txt"; }
+failed() { echo "FAILED: $(tail -1 "$OUT/err.txt" | cut -c1-200)" | keep; }  # and the script goes on with the next part
 
 say "machine"
 python - <<'P' | keep
@@ -51,6 +52,8 @@ def main():
         if not (folder / name).is_dir():
             net.save_pretrained(folder / name)
     dinodiff.train(preset)
+    if os.environ.get("RANK", "0") != "0":
+        return
     rows = [json.loads(line) for line in open(folder / "log.jsonl")]
     rate = statistics.median(row["images_per_s"] for row in rows[len(rows) // 2:])
     tflop = 2.40 + (0 if views else 1.12 + (0.035 if kind == "v1" else 0.304))
@@ -66,16 +69,16 @@ P
 for run in "online 0 v1" "views 1 v1" "online-v2 0 v2"; do
     set -- $run
     say "train at full size: $1"
-    python "$OUT/full.py" "$OUT/$1" "$2" "$3" 2>>"$OUT/err.txt" | grep -vE "^(next|UNet)" | keep
+    python "$OUT/full.py" "$OUT/$1" "$2" "$3" 2>>"$OUT/err.txt" | grep -vE "^(next|UNet)" | keep || failed
 done
 
 # 3. Kill and resume: the same run, killed once it has its first checkpoint, ends in the same weights (on a GPU to rounding).
 say "killed and resumed against uninterrupted"
-mkdir -p "$OUT/killed"; cp -r "$OUT/views/vae" "$OUT/views/vit" "$OUT/killed/"
+mkdir -p "$OUT/killed"; cp -r "$OUT/views/vae" "$OUT/views/vit" "$OUT/killed/" || failed
 python "$OUT/full.py" "$OUT/killed" 1 v1 >"$OUT/killed.txt" 2>&1 & victim=$!
 until ls "$OUT"/killed/checkpoints/step-*/progress.json >/dev/null 2>&1 || ! kill -0 $victim 2>/dev/null; do sleep 1; done
 kill -9 $victim 2>/dev/null || true; wait $victim 2>/dev/null || true
-python "$OUT/full.py" "$OUT/killed" 1 v1 2>>"$OUT/err.txt" | grep -v "^next" | keep
+python "$OUT/full.py" "$OUT/killed" 1 v1 2>>"$OUT/err.txt" | grep -v "^next" | keep || failed
 cat > "$OUT/compare.py" <<'P'
 import os, dinodiff
 from data import load_tensors
@@ -88,13 +91,13 @@ far = sum((ends[0][k] - ends[1][k]).double().square().sum() for k in ends[0]) **
 size = sum(ends[0][k].double().square().sum() for k in ends[0]) ** 0.5
 print(f"relative difference of the UNet's weights: {float(far / size):.1e}")
 P
-python "$OUT/compare.py" | keep
+python "$OUT/compare.py" 2>>"$OUT/err.txt" | keep || failed
 
 # 4. mini on real X-rays, where a folder is given (else on phantoms): the target is 25 minutes.
 say "mini on $XRAYS"
 small=(); if [ "$SMALL" = 1 ]; then small=(--size 64 --steps 4 --vae-steps 2 --vit-steps 2 --batch 2 --micro-batch 2 --workers 0 --dtype fp32); fi
 SECONDS=0
-python dinodiff.py train --preset mini --data "$XRAYS" --run-dir "$OUT/mini" "${small[@]}" 2>>"$OUT/err.txt" | keep
+python dinodiff.py train --preset mini --data "$XRAYS" --run-dir "$OUT/mini" "${small[@]}" 2>>"$OUT/err.txt" | keep || failed
 echo "mini: $SECONDS s" | keep
 
 # 5. Sampling: the command prints images/s.
@@ -102,10 +105,23 @@ say "sampling"
 steps=50; variants=32; if [ "$SMALL" = 1 ]; then steps=2; variants=2; fi
 for run in online online-v2; do for batch in 16 64; do
     python dinodiff.py sample --run-dir "$OUT/$run" --data phantom --keys phantom-00000-0 phantom-00001-0 phantom-00002-0 phantom-00003-0 \
-        --variants $variants --steps $steps --batch $batch --out "$OUT/samples" 2>>"$OUT/err.txt" | keep
+        --variants $variants --steps $steps --batch $batch --out "$OUT/samples" 2>>"$OUT/err.txt" | keep || failed
 done; done
 
-# 6. The UNet alone beside diffusers' (if it is installed): gradients compiled and eager, a training step, 50 sampling steps.
+# 6. The rest of the house once: attention maps and the four protocols on the run of mini, and two ranks where there are two GPUs.
+say "segments and evaluation of mini"
+python dinodiff.py sample --run-dir "$OUT/mini" --data phantom --keys phantom-00000-0 --variants 1 --steps 2 --out "$OUT/one" 2>>"$OUT/err.txt" | keep || failed
+python diffseg.py "$OUT/one/reconstruct.png" --run-dir "$OUT/mini" --out "$OUT/one" 2>>"$OUT/err.txt" | keep || failed
+small=(); if [ "$SMALL" = 1 ]; then small=(--count 8 --checkpoints one --timesteps 300); fi
+python evaluate.py segment --run-dir "$OUT/mini" --data phantom "${small[@]}" 2>>"$OUT/err.txt" | grep -v "^!" | keep || failed
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true); [ "$SMALL" = 1 ] && gpus=2
+if [ "$gpus" -gt 1 ]; then
+    say "train at full size on $gpus ranks, from views"
+    mkdir -p "$OUT/ranks"; cp -r "$OUT/views/vae" "$OUT/views/vit" "$OUT/ranks/" || failed
+    torchrun --nproc_per_node="$gpus" "$OUT/full.py" "$OUT/ranks" 1 v1 2>>"$OUT/err.txt" | grep -vE "^(next|UNet)" | keep || failed
+fi
+
+# 7. The UNet alone beside diffusers' (if it is installed): gradients compiled and eager, a training step, 50 sampling steps.
 cat > "$OUT/beside.py" <<'P'
 import functools, os, time
 import torch
@@ -185,5 +201,5 @@ for how in ("eager", "compiled") if device.type == "cuda" else ("eager",):
         measure(f"diffusers, {how}, AdamW", theirs, functools.partial(sample_of, net), torch.optim.AdamW(theirs.parameters(), lr=0.0, fused=True))
 P
 say "the UNet beside diffusers', $([ "$SMALL" = 1 ] && echo 2 || echo 32) images a pass, bf16"
-python "$OUT/beside.py" 2>>"$OUT/err.txt" | keep
+python "$OUT/beside.py" 2>>"$OUT/err.txt" | keep || failed
 say "done: $OUT/summary.txt; what went wrong, if anything, is in $OUT/err.txt"
