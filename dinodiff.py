@@ -351,7 +351,7 @@ MINI = Train(
     vae_settings=VAESettings(batch=16, crop=128, lr=1e-3),
     vit_config=ViTConfig(image_size=256, patch_size=16, hidden_size=256, depth=6, heads=4),
     dino_settings=DinoSettings(
-        batch=64, lr=5e-4, momentum=0.99, out_dim=1024, head_hidden=1024, head_bottleneck=128,
+        batch=64, lr=1.25e-4, momentum=0.99, out_dim=1024, head_hidden=1024, head_bottleneck=128,
         global_size=224, local_size=96, local_crops=4))
 
 # CHOICE: 868,394 images / 512 = 1,696 steps an epoch, so 100 epochs are 169,600 steps; the paper

@@ -322,6 +322,8 @@ class DinoSettings:
     steps: int = 300
     batch: int = 32  # images a step
     lr: float = 1e-3  # peak; linear warm-up over the first 10 % of the steps, cosine to lr / 100
+    # TRAP: DINO's rule is 5e-4 * batch / 256. Phantoms bear a higher rate; of real X-rays, CLS then
+    # forgets where things are, and samples follow it less.
     weight_decay: float = 0.04
     momentum: float = 0.95  # of the teacher's moving average, to 1 by a cosine
     student_temperature: float = 0.1
