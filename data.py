@@ -56,7 +56,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from tqdm import tqdm
@@ -238,25 +238,23 @@ def read_bytes(path, limit: int = 2**28) -> bytes:
     return Path(path).read_bytes()
 
 
-def save_tensors(path, tensors: dict[str, torch.Tensor], info: dict = {}) -> None:
-    """One safetensors file, whole or absent; `info` (JSON) goes into its metadata."""
+def save_tensors(path, tensors: dict[str, torch.Tensor]) -> None:
+    """One safetensors file, whole or absent."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole(path) as partial:
-        try:  # TRAP: transformers wants a "format"; of two entries the order would be random
-            save_file(tensors, partial, {"info": json.dumps(info)} if info else {"format": "pt"})
+        try:  # TRAP: transformers wants a "format"
+            save_file(tensors, partial, {"format": "pt"})
         except SafetensorError as error:  # a full disk arrives as this, not as OSError
             raise OSError(f"could not write {path}: {error}") from None
 
 
-def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:
-    """What `save_tensors` wrote -> tensors (memory-mapped), info."""
+def load_tensors(path) -> dict[str, torch.Tensor]:
+    """What `save_tensors` wrote, memory-mapped."""
     try:
         if not os.path.isfile(path):
             raise OSError("no such file, or a folder, pipe or device")
-        with safe_open(path, framework="pt") as file:
-            info = json.loads((file.metadata() or {}).get("info", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, info
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is missing, damaged or no safetensors file ({error}); restore it, "
                         "or remove it and run again what wrote it") from None
 
@@ -424,15 +422,9 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], source)
 
 def write_weights(folder, config: dict, state: dict[str, torch.Tensor],
                   name: str = "diffusion_pytorch_model.safetensors") -> None:
-    """`folder`/config.json and `folder`/`name`, as diffusers and transformers read them.
-
-    A new folder is there whole or not at all; in one with other files, config.json comes last.
-    """
-    folder = Path(folder)
-    is_new = not folder.exists() or not any(folder.iterdir())
-    with whole(folder) if is_new else contextlib.nullcontext(folder) as place:
-        save_tensors(place / name, state)
-        write_json(place / "config.json", config)
+    """`folder`/`name` and, last, `folder`/config.json, as diffusers and transformers read them."""
+    save_tensors(Path(folder, name), state)
+    write_json(Path(folder, "config.json"), config)
 
 
 def hub_weights(repository: str, inside: str, revision: str | None) -> Path:
@@ -474,10 +466,6 @@ def hub_files(repository: str, patterns: list[str], revision: str | None = None,
         f"--revision {revision or 'main'} --local-dir {repository.split('/')[1]}\n"
         f"then give that folder's path instead of {repository!r}.")
 
-
-def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
-    """One file of a hub model, fetched where the hub's cache has it not."""
-    return hub_files(repository, [name], revision)[0] / name
 
 
 def first_line(error: Exception) -> str:
