@@ -1996,7 +1996,7 @@ def augment(images: torch.Tensor, ids, step, seed: int) -> torch.Tensor:
     CHOICE: what comes into view repeats the edge: a black frame would be learned as X-ray.
     """
     u = uniforms(6, seed, torch.as_tensor(ids).cpu().numpy(), step)    # (B, 6)
-    zoom, *signed = torch.from_numpy(u).to(images.device, torch.float32).T
+    zoom, *signed = torch.from_numpy(u).float().to(images.device, non_blocking=True).T
     signed = 2 * torch.stack(signed) - 1                               # (5, B) in [-1, 1)
     theta = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
     theta[:, 0, 1] = signed[0] * SHEAR
@@ -2005,7 +2005,8 @@ def augment(images: torch.Tensor, ids, step, seed: int) -> torch.Tensor:
     zoom = SCALE[0] + (SCALE[1] - SCALE[0]) * zoom
     theta = theta / zoom[:, None, None]                                # output -> input
     x = images[:, None].float() / 127.5 - 1                            # (B, 1, S, S)
-    where = F.affine_grid(theta, x.shape, align_corners=False)         # (B, S, S, 2)
+    # TRAP: bfloat16 and TF32 would round the product inside to a pixel and more; not float64.
+    where = F.affine_grid(theta.double(), x.shape, align_corners=False).float()  # (B, S, S, 2)
     x = F.grid_sample(x, where, mode="bilinear", padding_mode="border", align_corners=False)
     amount = signed[4].clamp(min=0).view(-1, 1, 1, 1) * SHARPEN
     # TRAP: zeros around the picture would draw a frame.
