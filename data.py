@@ -48,7 +48,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -291,9 +291,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def end_with(parent: int) -> None:
-    """End this process within a second of its parent, which alone hears Ctrl-C; one thread."""
+def end_with(parent: int | None = None) -> None:
+    """End this process within a second of its parent, which alone hears Ctrl-C; one thread.
+
+    parent: its pid where multiprocessing did not start this process.
+    """
     def watch():
+        if parent is None:
+            parent_process().join()  # TRAP: getppid is a server's where that forked this process
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
@@ -314,7 +319,7 @@ def run_jobs(function, jobs: list[tuple], desc: str, workers: int | None = None,
         return [function(*job) for job in jobs]
     workers = workers or cores()
     try:
-        with ProcessPoolExecutor(workers, get_context(start), end_with, (os.getpid(),)) as pool:
+        with ProcessPoolExecutor(workers, get_context(start), end_with) as pool:
             return list(progress(pool.map(function, *zip(*jobs)), desc, len(jobs), unit))
     except BrokenProcessPool:
         raise UserError(f"{desc}: a worker process was killed, perhaps for lack of memory; the "
@@ -1961,7 +1966,7 @@ class _Reader(torch.utils.data.Dataset):
 def _start_reader(worker: int) -> None:
     """SIGTERM to a process group asks for a checkpoint: readers go on until their parent ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    end_with(os.getppid())
+    end_with()
 
 
 def fit_shared_memory(workers: int, item_bytes: int) -> int:

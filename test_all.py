@@ -1854,6 +1854,21 @@ def test_data_a_killed_worker_is_one_message(monkeypatch):
         evaluate.train_all(SimpleNamespace(workers=2), m, jobs)
 
 
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_workers_end_with_their_parent_by_any_start_method(tmp_path, start):
+    """Would catch workers that outlive a kill, or end at once as a server started them."""
+    (tmp_path / "job.py").write_text("import time\n\ndef wait(k):\n    print(k, flush=True)\n"
+                                     "    time.sleep(600)\n")
+    code = f"import data, job; data.run_jobs(job.wait, [(1,), (2,)], '', 2, start={start!r})"
+    killed = subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE,
+                              env=os.environ | {"PYTHONPATH": f"{tmp_path}:{HERE}"})
+    assert {killed.stdout.readline() for _ in range(2)} == {"1\n", "2\n"}
+    time.sleep(1.5)
+    assert killed.poll() is None
+    killed.kill()
+    assert killed.communicate(timeout=30) == ("", None), "a worker holds its output open"
+
+
 def test_only_regular_files_are_opened(tmp_path):
     """Would catch a wait for ever: a stranger's folder may hold pipes under any name."""
     data_tar(tmp_path / "a.tar", {"k.png": data.encode(data_xray())})
