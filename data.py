@@ -108,10 +108,12 @@ def command_line(doc: str, commands: dict, argv: list[str] | None = None) -> Non
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, RuntimeError) as error:
-        if re.search("gloo|NCCL|TCPStore", str(error)):
-            error = "another rank has ended; its own message says why"
-        elif isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise  # else torch says that a reading process was killed, wherever the program was
+        if isinstance(error, RuntimeError):
+            if re.search("gloo|NCCL|TCPStore", str(error)):
+                reason = first_line(error)
+                error = f"another rank has ended; its own message says why (here: {reason})"
+            elif "DataLoader worker" not in str(error):
+                raise  # else torch says that a reading process was killed, wherever we were
         rank = os.environ.get("RANK")
         if rank is None:
             sys.exit(f"{program}: {error}")
@@ -334,7 +336,10 @@ def hash64(*values) -> np.ndarray:
     h = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         for value in values:
-            h = h ^ np.asarray(value).astype(np.int64).view(np.uint64)
+            value = np.asarray(value)
+            if value.dtype == object:  # beyond 64 bits
+                value = np.asarray(value % 2**64)
+            h = h ^ value.astype(np.uint64)
             h = h + np.uint64(0x9E3779B97F4A7C15)
             h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -686,12 +691,13 @@ def mimic_labels(folder) -> dict[str, tuple[str, tuple[str, ...]]]:
         raise UserError(f"{folder}: found not both of mimic-cxr-2.0.0-metadata.csv.gz and "
                         "mimic-cxr-2.0.0-chexpert.csv.gz, which MIMIC-CXR needs")
     present = {}
-    for row in read_csv(tables[1][0]):
+    for row in read_csv(tables[1][0], "study_id"):
         study = row.pop("study_id")
         row.pop("subject_id", None)
         present[study] = tuple(sorted(name for name in row if row[name] in ("1", "1.0")))
+    views = read_csv(tables[0][0], "dicom_id", "subject_id", "study_id", "ViewPosition")
     return {plain_name(row["dicom_id"]): (row["subject_id"], present[row["study_id"]])
-            for row in read_csv(tables[0][0])
+            for row in views
             if row["ViewPosition"] in ("AP", "PA") and row["study_id"] in present}
 
 
@@ -700,8 +706,9 @@ def is_mimic_test(key: str) -> bool:
     return re.search(r"(^|/)p?19\d{6}(/|$)", key) is not None
 
 
-def read_csv(path):
-    """Rows of a CSV (also .gz, UTF-8 or Latin-1) as {column: value}, blank ones left out."""
+def read_csv(path, *needed: str):
+    """Rows of a CSV (also .gz, UTF-8 or Latin-1) as {column: value}, blank ones left out, as are
+    columns without a name. UserError where a `needed` column is missing."""
     try:
         content = read_bytes(path, 2**30)
         if str(path).endswith(".gz"):
@@ -712,13 +719,17 @@ def read_csv(path):
             text = content.decode("latin-1")
         rows = csv.reader(io.StringIO(text, newline=""))
         header = [name.strip() for name in next(rows, [])]
-        if len(set(header)) < len(header):
-            raise csv.Error(f"two columns of one name among {', '.join(header)}")
+        names = list(filter(None, header))
+        if len(set(names)) < len(names):
+            raise csv.Error(f"two columns of one name among {', '.join(names)}")
+        if not set(needed).issubset(names):
+            raise csv.Error(f"found the columns {', '.join(names)}, expected {', '.join(needed)}")
         for row in rows:
             if any(map(str.strip, row)):
-                yield dict(zip(header, map(str.strip, row)))
+                row = itertools.zip_longest(header, map(str.strip, row), fillvalue="")
+                yield {name: value for name, value in row if name}
     except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise UserError(f"{path} is not a readable CSV: {error}") from None
+        raise UserError(f"{path} is no CSV that can be used: {error}") from None
 
 
 def plain_name(name: str) -> str:
@@ -780,6 +791,9 @@ def folds_by_patient(patients, labels, k: int = 5, seed: int = 0) -> list[np.nda
         raise UserError(f"{k} folds need at least {k} patients; found {len(names)}")
     counts = Counter(itertools.chain(*labels))
     rarest = [min(row, key=counts.get, default="") for row in labels]
+    most = max(Counter(rarest).values())
+    if most < k:
+        raise UserError(f"{k} folds need a label of at least {k} images; found {most}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a label rarer than k is spread as well as it can be
         folds = StratifiedGroupKFold(k, shuffle=True, random_state=seed)
@@ -802,14 +816,16 @@ def balanced_subsets(labels, sizes, seed: int = 0) -> dict[int, np.ndarray]:
     problem = "no image carries a label"
     for n in sorted(sizes if names else ()):
         more = _draw_in_turns(labels, names, drawn, n, seed, is_sparing=False)
-        if len(more) < n:
-            more = _draw_in_turns(labels, names, drawn, n, seed, is_sparing=True)
-            note(f"balanced subset of {n}: images that hold a rarer label are drawn last")
+        is_sparing = len(more) < n
+        if is_sparing:
+            more = _draw_in_turns(labels, names, drawn, n, seed, is_sparing)
         if len(more) < n:
             name = names[len(more) % len(names)]
             problem = f"no balanced subset of {n}: {name!r} ran out after {len(more)} draws"
             note(problem)
             continue
+        if is_sparing:
+            note(f"balanced subset of {n}: images that hold a rarer label are drawn last")
         drawn = more
         subsets[n] = np.array(drawn)
     if not subsets:

@@ -1776,6 +1776,19 @@ def test_data_errors_are_one_message_and_exit_code_1_under_torchrun_too(tmp_path
         assert "no such file or folder" in ran.stderr and ("rank 1" in ran.stderr) == bool(ranks)
 
 
+def test_only_errors_of_the_collectives_are_laid_to_another_rank():
+    """Would catch a path with `gloo` in it that hides what is wrong, and the reason of a start that
+    fails on all ranks."""
+    for error, message in ((UserError("/data/igloo: no such folder"), ": /data/igloo: no such"),
+                           (FileNotFoundError("igloo"), ": igloo"),
+                           (RuntimeError("gloo: no device\n at"), r"another rank.*no device\)$")):
+        def fail(settings):
+            raise error
+
+        with pytest.raises(SystemExit, match=message):
+            data.command_line("", {"": (DataSettings(), fail)}, [])
+
+
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff\xfe\0", b"[" * 100_000])
 def test_data_small_files_that_are_damaged_are_named(tmp_path, content):
     """Would catch a traceback for a config.json that is missing, empty, cut, binary or a list."""
@@ -2155,7 +2168,8 @@ def test_labels_match_after_normalising(tmp_path, written):
 
 
 def test_label_files_of_any_kind_are_read_or_refused(tmp_path):
-    """Would catch a byte order mark in a column's name, Latin-1 or a stray CSV as a traceback."""
+    """Would catch a byte order mark in a column's name, Latin-1 or a stray CSV as a traceback, and
+    Excel's empty columns or a short line as damage."""
     text = "file,patient,labels\nx.png,Jos\xe9,A\nx.png,,B\n"
     nih = "Image Index,Finding Labels,Patient ID\nx.png,A|B,Jos\xe9\n"
     blank = text.replace("\n", "\n,,\n\n")
@@ -2165,6 +2179,9 @@ def test_label_files_of_any_kind_are_read_or_refused(tmp_path):
         (tmp_path / "a.csv.gz").write_bytes(gzip.compress(content))
         for name in ("a.csv", "a.csv.gz"):
             assert data.read_labels(tmp_path / name) == {"x": ("Jos\xe9", ("A", "B"))}
+    (tmp_path / "a.csv").write_text("file,patient,labels,,\nx.png,p,A,,\ny.png,q\nz.png,r,B,C,1\n")
+    assert data.read_labels(tmp_path / "a.csv") == {
+        "x": ("p", ("A",)), "y": ("q", ()), "z": ("r", ("B",))}
     for content in ("", "a,b\n1,2\n", "file,labels,labels\nx,A,B\n", "file,patient\n", "\0\0\n\0"):
         (tmp_path / "a.csv").write_text(content)
         with pytest.raises(UserError, match="a.csv"):
@@ -2203,6 +2220,11 @@ def test_mimic_keeps_frontal_views_and_certain_findings(tmp_path):
     data_pictures(tmp_path, {"d4.png": data_xray(), "d95.png": data_xray()})
     ds = data_prepare(tmp_path, tmp_path / "out", labels=str(tmp_path))
     assert list(ds.keys) == ["d4"] and ds.patients[0] == "14000004"
+    for name in ("m-metadata.csv", "m-chexpert.csv"):  # another one's tables
+        (tmp_path / name).write_text("dicom_id,study\nd4,s4\n")
+        with pytest.raises(UserError, match=f"{name}.*found the columns dicom_id, study, expect"):
+            data.read_labels(tmp_path)
+        (tmp_path / name).write_text("\n".join(meta))
 
 
 def data_labelled(count=900):
@@ -2233,6 +2255,7 @@ def test_balanced_subsets_are_random_balanced_and_nested(capsys):
     assert sum("B" in rare[i] for i in data.balanced_subsets(rare, (20,), 1)[20]) == 10
     assert "drawn last" in capsys.readouterr().err
     assert list(data.balanced_subsets(labels, (30, 5000), 4)) == [30]
+    assert "drawn last" not in capsys.readouterr().err, "there is no such subset"
     for wrong in (labels, [()] * 5):
         with pytest.raises(UserError, match="'Rare' ran out|no image carries a label"):
             data.balanced_subsets(wrong, (5000,), 4)
@@ -2254,6 +2277,8 @@ def test_splits_and_folds_never_share_a_patient():
     assert len(data.split_by_patient([""] * 10, 0.3)[1]) == 3  # unknown patients all differ
     with pytest.raises(UserError, match="at least 5 patients"):
         data.folds_by_patient(["a"] * 9, labels[:9])
+    with pytest.raises(UserError, match="5 folds need a label of at least 5 images; found 1"):
+        data.folds_by_patient(patients[:5], [(name,) for name in "ABCDE"])
 
 
 # ---- prepare: walks, archives, masks, resuming ----
@@ -2582,6 +2607,12 @@ def test_an_epoch_has_each_image_once_and_windows_stay_together():
             window = set(order[k:k + 10 * data.WINDOW] // 10)
             assert len(window) == min(data.WINDOW, (1000 - k) // 10)
     assert (orders[0] == ds.order(0, 0)).all() and len({order.tobytes() for order in orders}) == 3
+
+
+def test_random_numbers_take_integers_of_any_size():
+    """Would catch OverflowError for a long --seed, and a negative one that is another's."""
+    assert data.hash64(2**64 + 5) == data.hash64(5) and data.hash64(-1) == data.hash64(2**64 - 1)
+    assert len({int(data.hash64(seed)) for seed in (-1, 0, 1, 2**63)}) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
