@@ -1131,17 +1131,13 @@ def read_info(content: bytes) -> dict:
         return {}
 
 
-def scan_shards(paths: list[Path]) -> np.ndarray:
-    """The rows of the index of shards: a structured array with the fields COLUMNS."""
+def write_index(path, paths: list[Path]) -> None:
+    """The index of shards, a structured array with the fields COLUMNS -> one .npz, whole or
+    absent."""
     rows = list(itertools.chain(*run_jobs(scan_shard, [(path,) for path in paths], "indexing")))
     if not rows:
         raise UserError(f"found no image in {len(paths)} shards: {paths[0]} …")
-    return np.rec.fromarrays(list(zip(*rows)), names=",".join(COLUMNS))
-
-
-def write_index(path, paths: list[Path]) -> None:
-    """The index of shards -> one .npz, whole or absent."""
-    rows = scan_shards(paths)
+    rows = np.rec.fromarrays(list(zip(*rows)), names=",".join(COLUMNS))
     with whole(path) as partial:
         np.savez(partial, rows=rows)
 
@@ -1178,8 +1174,7 @@ def shard_counts(rows: np.ndarray) -> dict[str, int]:
 
 def select_shards(rows: np.ndarray, wanted) -> np.ndarray:
     """The rows of the shards in `wanted`."""
-    wanted = set(map(os.fsencode, wanted))
-    return rows[[shard in wanted for shard in rows["shard"].tolist()]]
+    return rows[np.isin(rows["shard"], list(map(os.fsencode, wanted)))]
 
 
 def find_index(folder: Path, paths: list[Path]) -> np.ndarray:
@@ -1188,9 +1183,15 @@ def find_index(folder: Path, paths: list[Path]) -> np.ndarray:
     if (folder / INDEX).exists():
         with contextlib.suppress(UserError):
             rows = read_index(folder / INDEX)
-            known = dict(zip(rows["shard"].tolist(), rows["shard_bytes"].tolist()))
-            if all(known.get(os.fsencode(name)) == sizes[name] for name in sizes):
-                return rows if len(known) == len(sizes) else select_shards(rows, sizes)
+            known = dict(zip(decode_texts(rows["shard"]), rows["shard_bytes"].tolist()))
+            gone = [name for name in known if not (folder / name).exists()]
+            if gone:
+                note(f"{folder / INDEX} names {len(gone)} shards that are not there, such as "
+                     f"{gone[0]}; the others are used")
+            others = [path for path in paths if path.name not in known]
+            is_same = all(known[name] == sizes[name] for name in sizes.keys() & known.keys())
+            if is_same and not any(map(scan_shard, others)):  # they hold no image
+                return select_shards(rows, sizes)
         note(f"{folder / INDEX} is not of these shards; data.index_folder(folder) makes it again")
     # TRAP: tars are padded to 10,240 bytes: other shards may well be of the same size.
     times = [path.stat().st_mtime_ns for path in paths]
@@ -1200,6 +1201,11 @@ def find_index(folder: Path, paths: list[Path]) -> np.ndarray:
         if not cached.exists():
             write_index(cached, paths)
     return read_index(cached)
+
+
+def text_column(name: str):
+    """A property of `XRays`: a text column of its index as list[str], decoded once."""
+    return functools.cached_property(lambda ds: decode_texts(ds.rows[name]))
 
 
 class XRays(torch.utils.data.Dataset):
@@ -1223,17 +1229,9 @@ class XRays(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @functools.cached_property
-    def keys(self) -> list[str]:
-        return decode_texts(self.rows["key"])
-
-    @functools.cached_property
-    def patients(self) -> list[str]:
-        return decode_texts(self.rows["patient"])
-
-    @functools.cached_property
-    def providers(self) -> list[str]:
-        return decode_texts(self.rows["provider"])
+    keys = text_column("key")
+    patients = text_column("patient")
+    providers = text_column("provider")
 
     @functools.cached_property
     def labels(self) -> list[tuple[str, ...]]:
@@ -1241,11 +1239,11 @@ class XRays(torch.utils.data.Dataset):
 
     @functools.cached_property
     def digest(self) -> str:
-        """A name of these keys, patients and labels, whatever the size of the images."""
-        names = hashlib.blake2b(digest_size=5)
-        for text in ("key", "patient", "labels"):
-            names.update(b"\0".join(self.rows[text].tolist()) + b"\n")
-        return names.hexdigest()
+        """A name of these images, their masks and labels, whatever `size` they are opened at.
+        Pictures count by their number of bytes: other ones of the same names differ in it."""
+        columns = ("key", "patient", "provider", "labels", "image_bytes", "mask_bytes")
+        rows = [self.rows[name].tolist() for name in columns]
+        return hashlib.blake2b(str(rows).encode(), digest_size=5).hexdigest()
 
     def __getitem__(self, i: int) -> np.ndarray:
         image = self._decode(i, "image")
@@ -1309,9 +1307,10 @@ class XRays(torch.utils.data.Dataset):
         try:
             return load_image(self._content(i, part), key)
         except (Unreadable, OSError) as error:
-            message = (f"{self.shard_of(i)}: {part} of {key}: {error}. Make or fetch this "
-                       f"shard again; data.py check '{self.name}' names all damage")
-            raise UserError(message) from None
+            shard = self.shard_of(i)
+            place = self.name if self.remote else f"{os.path.dirname(shard)}/*.tar"
+            raise UserError(f"{shard}: {part} of {key}: {error}. Make or fetch this shard again; "
+                            f"data.py check '{place}' names all damage") from None
 
     @functools.lru_cache(8)  # the epochs that readers are in, of a few sets
     def order(self, seed: int, epoch: int) -> np.ndarray:
@@ -1903,13 +1902,8 @@ def check(s: Check) -> None:
     twice = len(ds) - len(set(ds.keys))
     if twice:
         problems.append(f"{twice} images have the key of another one")
-    for folder in {Path(shard).parent for shard in ds.shards}:
-        with contextlib.suppress(UserError):
-            names = shard_counts(read_index(folder / INDEX))
-            gone = [name for name in names if not (folder / name).exists()]
-            problems += [f"{folder / name}: missing, but in {INDEX}" for name in gone]
-    print("\n".join(problems[:50]))
     if problems:
+        print("\n".join(problems[:50]))
         raise UserError(f"{s.data}: {len(ds):,} images, problems: {len(problems)}")
     print(f"{s.data}: {len(ds):,} images, all readable")
 

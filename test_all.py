@@ -2529,17 +2529,23 @@ def test_an_image_that_cannot_be_read_is_named_and_never_replaced(tmp_path, caps
     spec = str(shards / "*.tar")
     ds = data.open_data(spec, 32)
     assert len(ds.shards) == 5 and ds.digest == data.open_data(str(shards), 16).digest
+    capsys.readouterr()
+    data.check(data.Check(spec))
+    assert capsys.readouterr().out == f"{spec}: 23 images, all readable\n"
     with open(ds.shards[1], "r+b") as file:
         file.seek(ds.rows["image"][7])
         file.write(bytes(ds.rows["image_bytes"][7]))
+    place = re.escape(spec)  # where the damage is, whatever was given
     for read in (lambda: ds[7], lambda: ds.read([6, 7]), lambda: list(data.batches(ds, 23)),
-                 lambda: list(data.batches(ds, 23, workers=2))):
-        with pytest.raises(UserError, match="shard-000001.tar.*x007.*data.py check"):
+                 lambda: list(data.batches(ds, 23, workers=2)),
+                 lambda: data.open_data(str(shards), 32)[7]):
+        with pytest.raises(UserError, match=f"shard-000001.tar.*x007.*data.py check '{place}'"):
             read()
     (shards / "shard-000000.tar").unlink()
-    with pytest.raises(UserError, match="18 images, problems: 2"):
+    with pytest.raises(UserError, match="18 images, problems: 1"):
         data.check(data.Check(spec))
-    assert "shard-000000.tar: missing" in capsys.readouterr().out
+    assert "names 1 shards that are not there, such as shard-000000" in capsys.readouterr().err
+    assert len(data.open_data(str(shards / "*3.tar"), 32)) == 5
     last = shards / "shard-000004.tar"
     end = ds.rows["image"][20] + ds.rows["image_bytes"][20]
     for size in (end // 512 * 512 + 512, 700):  # between two members, within one
@@ -2573,12 +2579,18 @@ def data_rows(shards, images, size=0):
 
 
 def test_shards_without_an_index_are_scanned_once_until_they_change(tmp_path, monkeypatch):
-    """Would catch terabytes read through at each start by each rank, and an index of old shards."""
+    """Would catch terabytes read through at each start by each rank, and an index of old shards,
+    or one that is never believed as a shard holds no image."""
     shards = data_prepared(tmp_path, 6, 3)
-    (shards / data.INDEX).unlink()
+    data_tar(shards / "nothing.tar", {})
     scans = []
-    scan = data.scan_shards
-    monkeypatch.setattr(data, "scan_shards", lambda paths: scans.append(1) or scan(paths))
+    write = data.write_index
+    monkeypatch.setattr(data, "write_index", lambda *of: scans.append(1) or write(*of))
+    assert len(data.open_data(str(shards), 32)) == 6 and not scans
+    data_tar(shards / "nothing.tar", {"k.png": data.encode(data_xray())})
+    assert len(data.open_data(str(shards), 32)) == 7 and scans.pop()
+    (shards / "nothing.tar").unlink()
+    (shards / data.INDEX).unlink()
     for changed, expected in ((False, 1), (False, 1), (True, 2)):
         if changed:
             os.utime(next(shards.glob("*.tar")), (1, 1))
@@ -2784,6 +2796,9 @@ def test_phantom_sets_are_drawn_once_with_patients_labels_and_masks(monkeypatch)
     image, masks, labels = render_phantom(5, 1, 1, 32)
     assert (ds[5] == image).all() and (ds.mask(5) == masks).all() and ds.labels[5] == labels
     assert ds.digest != data.open_data("phantom", 32, seed=6, count=10).digest
+    films = [data.open_data("phantom", 32, seed=seed, count=1) for seed in (6, 7)]
+    assert films[0].labels == films[1].labels and films[0].keys == films[1].keys
+    assert films[0].digest != films[1].digest, "other pictures of the same names"
     monkeypatch.setattr(data, "write_shard", lambda *_: 1 / 0)
     assert len(data.open_data("phantom", 32, seed=5, count=10)) == 10
 
