@@ -332,14 +332,11 @@ def run_jobs(function, jobs: list[tuple], desc: str, workers: int | None = None,
 
 
 def hash64(*values) -> np.ndarray:
-    """Integers (broadcast together, mod 2**64) -> uint64: SplitMix64's finaliser over each."""
+    """Integers of 64 bits, broadcast together -> uint64: SplitMix64's finaliser over each."""
     h = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         for value in values:
-            value = np.asarray(value)
-            if value.dtype == object:  # beyond 64 bits
-                value = np.asarray(value % 2**64)
-            h = h ^ value.astype(np.uint64)
+            h = h ^ np.asarray(value).astype(np.int64).view(np.uint64)
             h = h + np.uint64(0x9E3779B97F4A7C15)
             h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -787,13 +784,12 @@ def folds_by_patient(patients, labels, k: int = 5, seed: int = 0) -> list[np.nda
     near-equal numbers: stratified by the rarest label of each image."""
     from sklearn.model_selection import StratifiedGroupKFold
     names, group = _groups(patients)
-    if len(names) < k:
-        raise UserError(f"{k} folds need at least {k} patients; found {len(names)}")
     counts = Counter(itertools.chain(*labels))
     rarest = [min(row, key=counts.get, default="") for row in labels]
-    most = max(Counter(rarest).values())
-    if most < k:
-        raise UserError(f"{k} folds need a label of at least {k} images; found {most}")
+    most = max(Counter(rarest).values(), default=0)
+    if min(len(names), most) < k:
+        raise UserError(f"{k} folds need at least {k} patients and {k} images of one label; found "
+                        f"{len(names)} and {most}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a label rarer than k is spread as well as it can be
         folds = StratifiedGroupKFold(k, shuffle=True, random_state=seed)
@@ -815,10 +811,10 @@ def balanced_subsets(labels, sizes, seed: int = 0) -> dict[int, np.ndarray]:
     drawn = []
     problem = "no image carries a label"
     for n in sorted(sizes if names else ()):
-        more = _draw_in_turns(labels, names, drawn, n, seed, is_sparing=False)
-        is_sparing = len(more) < n
-        if is_sparing:
+        for is_sparing in (False, True):
             more = _draw_in_turns(labels, names, drawn, n, seed, is_sparing)
+            if len(more) == n:
+                break
         if len(more) < n:
             name = names[len(more) % len(names)]
             problem = f"no balanced subset of {n}: {name!r} ran out after {len(more)} draws"
@@ -1168,8 +1164,7 @@ def decode_texts(column: np.ndarray) -> list[str]:
 
 def shard_counts(rows: np.ndarray) -> dict[str, int]:
     """{shard: number of its rows}, in their order."""
-    counts = Counter(rows["shard"].tolist())
-    return {os.fsdecode(name): counts[name] for name in counts}
+    return Counter(decode_texts(rows["shard"]))
 
 
 def select_shards(rows: np.ndarray, wanted) -> np.ndarray:
@@ -1188,10 +1183,9 @@ def find_index(folder: Path, paths: list[Path]) -> np.ndarray:
             if gone:
                 note(f"{folder / INDEX} names {len(gone)} shards that are not there, such as "
                      f"{gone[0]}; the others are used")
-            others = [path for path in paths if path.name not in known]
-            is_same = all(known[name] == sizes[name] for name in sizes.keys() & known.keys())
-            if is_same and not any(map(scan_shard, others)):  # they hold no image
-                return select_shards(rows, sizes)
+            others = [path for path in paths if known.get(path.name) != sizes[path.name]]
+            if not any(path.name in known or scan_shard(path) for path in others):
+                return select_shards(rows, sizes)  # the others, if any, hold no image
         note(f"{folder / INDEX} is not of these shards; data.index_folder(folder) makes it again")
     # TRAP: tars are padded to 10,240 bytes: other shards may well be of the same size.
     times = [path.stat().st_mtime_ns for path in paths]
@@ -1242,8 +1236,7 @@ class XRays(torch.utils.data.Dataset):
         """A name of these images, their masks and labels, whatever `size` they are opened at.
         Pictures count by their number of bytes: other ones of the same names differ in it."""
         columns = ("key", "patient", "provider", "labels", "image_bytes", "mask_bytes")
-        rows = [self.rows[name].tolist() for name in columns]
-        return hashlib.blake2b(str(rows).encode(), digest_size=5).hexdigest()
+        return digest(str([self.rows[name].tolist() for name in columns]))
 
     def __getitem__(self, i: int) -> np.ndarray:
         image = self._decode(i, "image")

@@ -2277,7 +2277,7 @@ def test_splits_and_folds_never_share_a_patient():
     assert len(data.split_by_patient([""] * 10, 0.3)[1]) == 3  # unknown patients all differ
     with pytest.raises(UserError, match="at least 5 patients"):
         data.folds_by_patient(["a"] * 9, labels[:9])
-    with pytest.raises(UserError, match="5 folds need a label of at least 5 images; found 1"):
+    with pytest.raises(UserError, match="5 folds need .* 5 images of one label; found 5 and 1"):
         data.folds_by_patient(patients[:5], [(name,) for name in "ABCDE"])
 
 
@@ -2619,12 +2619,6 @@ def test_an_epoch_has_each_image_once_and_windows_stay_together():
             window = set(order[k:k + 10 * data.WINDOW] // 10)
             assert len(window) == min(data.WINDOW, (1000 - k) // 10)
     assert (orders[0] == ds.order(0, 0)).all() and len({order.tobytes() for order in orders}) == 3
-
-
-def test_random_numbers_take_integers_of_any_size():
-    """Would catch OverflowError for a long --seed, and a negative one that is another's."""
-    assert data.hash64(2**64 + 5) == data.hash64(5) and data.hash64(-1) == data.hash64(2**64 - 1)
-    assert len({int(data.hash64(seed)) for seed in (-1, 0, 1, 2**63)}) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
