@@ -1426,7 +1426,7 @@ class Remote:
     """Shards that are fetched whole, once, into a local folder that all processes share.
 
     The 2 * WINDOW shards used last are kept in any case: those being read, those fetched ahead.
-    Older ones are dropped once the folder holds more than `cache_gb`.
+    Older ones are dropped once those of one place have more than `cache_gb`.
     """
 
     def __init__(self, spec: str, cache_gb: float):
@@ -1482,7 +1482,8 @@ class Remote:
     def _drop(self) -> None:
         held = 0
         with contextlib.suppress(FileNotFoundError):  # another process is dropping, too
-            newest = sorted(self.folder.glob("*.tar"), key=os.path.getmtime, reverse=True)
+            # Those of earlier indices count as well.
+            newest = sorted(self.folder.parent.glob("*/*.tar"), key=os.path.getmtime, reverse=True)
             for k, path in enumerate(newest):
                 held += path.stat().st_size
                 if k >= 2 * WINDOW and held > self.limit:
@@ -1490,7 +1491,8 @@ class Remote:
                         path.unlink()
 
     def index(self) -> np.ndarray:
-        """Of all shards; where it cannot be fetched, that of an earlier run."""
+        """Of all shards; where it cannot be fetched, that of an earlier run. TRAP: shards that were
+        made anew mostly have the sizes of the old ones, so each index has a folder of its own."""
         path = self.folder / INDEX
         with locked(path):
             try:
@@ -1500,7 +1502,9 @@ class Remote:
                     raise UserError(f"{error}\nWhere the shards are, data.index_folder(folder) "
                                     "makes an index") from None
                 note(f"{error}; the index of an earlier run is used")
-        return read_index(path)
+            rows = read_index(path)
+        self.folder /= str(zlib.crc32(rows.tobytes()))
+        return rows
 
 
 def open_remote(spec: str, size: int, count: int | None, cache_gb: float) -> XRays:

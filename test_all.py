@@ -2674,7 +2674,8 @@ def test_shared_memory_that_is_small_means_fewer_batches_not_a_hang(tmp_path, mo
 
 
 def test_pipe_shards_are_fetched_once_checked_and_dropped(tmp_path, monkeypatch, capsys):
-    """Would catch a shard fetched by every worker, a cache that grows, a cut transfer kept."""
+    """Would catch a shard fetched by every worker, a cache that grows, a cut transfer kept, shards
+    of a set that has been made anew."""
     shards, log = data_prepared(tmp_path, 60, 2), tmp_path / "log"
     spec = f"pipe:echo {{shard}} >> {log}; cat {shards}/{{shard}}"
     local = data.open_data(str(shards / "*.tar"), 32)
@@ -2710,8 +2711,16 @@ def test_pipe_shards_are_fetched_once_checked_and_dropped(tmp_path, monkeypatch,
 
 
 def test_augmentation_is_a_function_of_seed_image_and_step():
+    before = [path.stat().st_size for path in sorted(shards.glob("*.tar"))]
+    assert (remote[6] == local[6]).all()
     """Would catch augmentation that depends on the batch, so that ranks and resumed runs differ, or
     on the precision of the nets around it."""
+    found = data_folder(tmp_path / "other", 60)
+    data_pictures(found, {f"x{i:03d}.png": data_xray(i + 100) for i in range(60)})
+    shutil.rmtree(shards)
+    remade = data_prepare(found, shards, per_shard=2)
+    assert [path.stat().st_size for path in sorted(shards.glob("*.tar"))] == before
+    assert (data.open_data(spec, 32)[6] == remade[6]).all(), "a stale shard"
     images = torch.from_numpy(np.stack([data_xray(i, 64, 64) for i in range(6)]))
     ids = torch.arange(6) * 1000
     whole = data.augment(images, ids, 7, 3)
