@@ -1376,7 +1376,7 @@ def open_data(spec: str, size: int, seed: int = 0, count: int | None = None,
 def _prepared(path: Path, size: int, labels: str | None) -> list[Path]:
     """The shards of a folder or archive of X-rays, prepared once; other files, another folder."""
     path = path.absolute()
-    files = [*walk(path).values(), *label_csvs(path)]
+    files = [*walk(path).values(), *label_csvs(path), *(walk(labels) if labels else {}).values()]
     listing = [(str(file), os.path.getsize(file), os.path.getmtime(file)) for file in files]
     folder = cache_folder() / "prepared" / f"{path.name}-{size}px-{digest(listing, labels)}"
     with locked(folder):
@@ -1583,10 +1583,10 @@ def walk(root, skip=None) -> dict[str, str]:
     if os.path.isfile(root):
         return {os.path.basename(root): str(root)}
     found = {}  # by inode
-    seen = set()
+    seen = {os.path.realpath(skip)} if skip else set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=note):
         place = os.path.realpath(folder)
-        if folder == str(skip) or place in seen:
+        if place in seen:
             folders.clear()
             continue
         seen.add(place)
@@ -1631,7 +1631,7 @@ def read_pictures(paths, size: int) -> dict[str, torch.Tensor]:
 def label_csvs(source) -> list[Path]:
     """The CSVs beside a folder or archive (SOURCE.csv) and in the folder."""
     source = Path(source).expanduser().absolute()
-    beside = source.parent / f"{source.name.split('.')[0]}.csv"
+    beside = source.with_name(f"{ARCHIVES.sub('', source.name)}.csv")
     return [path for path in (beside, *sorted(source.glob("[!.]*.csv"))) if path.is_file()]
 
 
@@ -1774,33 +1774,38 @@ def prepare(s: Prepare) -> None:
     with locked(cache_folder() / "prepared" / digest(str(out))):
         for left in (out / ".unpacked", *out.glob(".shard-*.partial")):  # by a kill
             shutil.rmtree(left, ignore_errors=True)
-        unreadable = {}  # {name: why}
-        films = find_films(s, find_pictures(s.source, out, unreadable))
-        recipe = {"source": os.path.abspath(s.source), "size": s.size, "provider": s.provider,
-                  "per_shard": s.per_shard, "files": digest([vars(film) for film in films])}
-        file = out / "prepare.json"
-        known = read_json(file) if file.exists() else recipe
-        if known != recipe:
-            raise UserError(f"{out} holds shards made otherwise: found {known}, expected {recipe}. "
-                            "Give another --out, or remove that folder")
-        write_json(file, recipe)
-        # CHOICE: small sets have shards of fewer images, for all cores to work.
-        step = min(s.per_shard, max(64, -(-len(films) // 16)))
-        jobs = [(out / f"shard-{k // step:06d}.tar", films[k:k + step], s)
-                for k in range(0, len(films), step)]
-        missing = [job for job in jobs if not job[0].exists()]
-        run_jobs(_prepare_shard, missing, f"preparing {s.source}", s.workers)
-        shutil.rmtree(out / ".unpacked", ignore_errors=True)
-        for file in out.glob("shard-*.unreadable.json"):
-            unreadable |= read_json(file)
-        if unreadable:
-            write_json(out / "unreadable.json", unreadable)
-            name = min(unreadable)
-            note(f"{len(unreadable):,} files could not be read; {out / 'unreadable.json'} names "
-                 f"them. The first, {name}: {unreadable[name]}")
-        index_folder(out)
-        images = len(read_index(out / INDEX))
-        print(f"{images:,} images in {len(jobs)} shards with their index: {out}/")
+        try:
+            unreadable = {}  # {name: why}
+            films = find_films(s, find_pictures(s.source, out, unreadable))
+            recipe = {"source": os.path.abspath(s.source), "size": s.size, "provider": s.provider,
+                      "per_shard": s.per_shard, "files": digest([vars(film) for film in films])}
+            file = out / "prepare.json"
+            known = read_json(file) if file.exists() else recipe
+            if known != recipe:
+                raise UserError(f"{out} holds shards made otherwise: found {known}, expected "
+                                f"{recipe}. Give another --out, or remove that folder")
+            write_json(file, recipe)
+            for name in (INDEX, "unreadable.json"):  # of an earlier run
+                (out / name).unlink(missing_ok=True)
+            # CHOICE: small sets have shards of fewer images, for all cores to work.
+            step = min(s.per_shard, max(64, -(-len(films) // 16)))
+            jobs = [(out / f"shard-{k // step:06d}.tar", films[k:k + step], s)
+                    for k in range(0, len(films), step)]
+            missing = [job for job in jobs  # what could not be read may have been mended
+                       if not job[0].exists() or job[0].with_suffix(".unreadable.json").exists()]
+            run_jobs(_prepare_shard, missing, f"preparing {s.source}", s.workers)
+            for file in out.glob("shard-*.unreadable.json"):
+                unreadable |= read_json(file)
+            if unreadable:
+                write_json(out / "unreadable.json", unreadable)
+                name = min(unreadable)
+                note(f"{len(unreadable):,} files could not be read; {out}/unreadable.json names "
+                     f"them. The first, {name}: {unreadable[name]}")
+            index_folder(out)
+            images = len(read_index(out / INDEX))
+            print(f"{images:,} images in {len(jobs)} shards with their index: {out}/")
+        finally:
+            shutil.rmtree(out / ".unpacked", ignore_errors=True)
 
 
 def find_films(s: Prepare, files: dict[str, str]) -> list[Film]:
@@ -1847,18 +1852,21 @@ def find_labels(s: Prepare, names: list[str]) -> list:
 
 
 def _prepare_shard(path: Path, films: list[Film], s: Prepare) -> None:
-    write_shard(path, _read_films(path, films, s))
-
-
-def _read_films(path: Path, films: list[Film], s: Prepare):
-    """The images of one shard; then a file beside it names those that cannot be read."""
+    """A shard; a file beside it, which is there first, names what cannot be read."""
     unreadable = {}
+    report = path.with_suffix(".unreadable.json")
+    write_shard(path, _read_films(report, films, s, unreadable))
+    if not unreadable:
+        report.unlink(missing_ok=True)
+
+
+def _read_films(report: Path, films: list[Film], s: Prepare, unreadable: dict[str, str]):
     for film in films:
         sample = read_film(film, s, unreadable)
         if sample:
             yield sample
     if unreadable:
-        write_json(path.with_suffix(".unreadable.json"), unreadable)
+        write_json(report, unreadable)
 
 
 def read_film(film: Film, s: Prepare, unreadable: dict[str, str]) -> Sample | None:
@@ -1879,11 +1887,12 @@ def read_film(film: Film, s: Prepare, unreadable: dict[str, str]) -> Sample | No
     part = square(image)
     lungs = []
     for mask in pictures.values():
-        mask = Image.fromarray(mask > mask.max() // 2)  # SCR's masks have half the size
+        least = mask.max() // 2 if mask.max() > 8 else 0  # else numbers of lungs, as in ours
+        mask = Image.fromarray(mask > least)  # SCR's masks have half the size
         mask = np.array(mask.resize(image.shape[::-1], Image.NEAREST), np.uint8)
         lungs.append(resize(mask[part], s.size, Image.NEAREST) > 0)
     is_whole = 0 < len(lungs) == len(film.files) - 1
-    provider = s.provider or Path(s.source).absolute().name.split(".")[0]
+    provider = s.provider or ARCHIVES.sub("", Path(s.source).absolute().name)
     return Sample(film.key, resize(image[part], s.size), film.patient, provider, film.labels,
                   lung_mask(lungs) if is_whole else None, {"file": name})
 

@@ -2297,8 +2297,9 @@ def test_walks_meet_each_picture_once_and_nothing_that_hangs(tmp_path):
     (found / "._x000.png").write_bytes(b"resource fork")
     os.rename(found / "x001.png", os.fsencode(found) + b"/x\xff.png")
     (found / "1.2.840.78").write_bytes(data_dicom(data_xray().astype(np.uint16)))
-    for _ in range(2):
-        ds = data_prepare(found, found / "shards")
+    (tmp_path / "link").symlink_to(found)
+    for place in (found, tmp_path / "link"):
+        ds = data_prepare(found, place / "shards")
         files = [ds.info(i)["file"] for i in range(len(ds))]
         assert files == ["1.2.840.78", "x000.png", "x\udcff.png"]
         assert not (found / "shards" / "unreadable.json").exists()
@@ -2350,6 +2351,7 @@ def test_archives_give_what_is_whole_and_report_the_rest(tmp_path, monkeypatch, 
         assert (ds[0] == data.preprocess(data_xray(3 if count == 1 else 0), 32)).all()
     with pytest.raises(UserError, match="holds no X-rays"):
         data_prepare(tmp_path / "cut.zip", tmp_path / "of-cut")
+    assert not (tmp_path / "of-cut" / ".unpacked").exists()
     header = tarfile.TarInfo("k.png")  # a name of megabytes in a compressed tar
     header.type, header.size = tarfile.XHDTYPE, 2**21
     (tmp_path / "name.tgz").write_bytes(gzip.compress(header.tobuf() + bytes(2**21)))
@@ -2357,6 +2359,10 @@ def test_archives_give_what_is_whole_and_report_the_rest(tmp_path, monkeypatch, 
         data_prepare(tmp_path / "name.tgz", tmp_path / "of-name")
     assert "name.tgz: cut short or no archive" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.png"))
+    (tmp_path / "set-1.0.csv").write_text("file,patient\na/3,p3\n")  # beside set-1.0.tar.xz
+    (tmp_path / "x.tar.xz").rename(tmp_path / "set-1.0.tar.xz")
+    ds = data_prepare(tmp_path / "set-1.0.tar.xz", tmp_path / "of-set")
+    assert ds.patients[3] == "p3" and ds.providers[3] == "set-1.0"
     (tmp_path / "both" / "plain").mkdir(parents=True)
     (tmp_path / "both" / "plain.tar").write_bytes(plain)
     (tmp_path / "both" / "plain" / "0.png").write_bytes(pictures["a/0.png"])
@@ -2389,7 +2395,9 @@ def test_lung_masks_follow_their_image_in_all_published_forms(tmp_path):
     small = np.s_[::2, ::2]
     files = {"pairs/images/a.png": image, "pairs/masks/a.png": both, "pairs/images/b.png": image,
              "pairs/masks/none.png": left, "shenzhen/CXR_png/a.png": image,
-             "shenzhen/mask/a_mask.png": both, "montgomery/CXR_png/a.png": image,
+             "shenzhen/mask/a_mask.png": both, "ours/images/a.png": image,
+             "ours/masks/a.png": np.uint8(left > 0) + 2 * np.uint8(right > 0),
+             "montgomery/CXR_png/a.png": image,
              "montgomery/ManualMask/leftMask/a.png": right,  # names may lie
              "montgomery/ManualMask/rightMask/a.png": left, "jsrt/All247images/a.png": image,
              "jsrt/masks/left lung/a.gif": left[small], "jsrt/masks/heart/a.gif": left[small],
@@ -2399,7 +2407,8 @@ def test_lung_masks_follow_their_image_in_all_published_forms(tmp_path):
              "bad/masks/a_mask.png": both}
     data_pictures(tmp_path, files)
     dark = data.preprocess(image, 50) < 35
-    for name, count in {"pairs": 2, "shenzhen": 1, "montgomery": 1, "jsrt": 1, "two": 2}.items():
+    for name, count in {"pairs": 2, "shenzhen": 1, "ours": 1, "montgomery": 1, "jsrt": 1,
+                        "two": 2}.items():
         ds = data.open_data(str(tmp_path / name), 50)
         masks = ds.mask(0)
         assert len(ds) == count and masks.shape == (2, 50, 50) and masks.dtype == bool, name
@@ -2414,10 +2423,10 @@ def test_lung_masks_follow_their_image_in_all_published_forms(tmp_path):
 
 
 def test_prepare_goes_on_after_kill_9(tmp_path, monkeypatch):
-    """Would catch shards lost, doubled or half-written, names of unreadable files lost, leftovers
-    and worker processes that outlive a kill, ./x taken for another folder than x."""
+    """Would catch shards lost, doubled or half-written, names of unreadable files lost, or kept
+    when they were mended, leftovers of a kill, ./x taken for another folder than x."""
     found = data_folder(tmp_path / "found", 400)
-    (found / "a-rubbish.png").write_bytes(b"no image")
+    (found / "z-rubbish.png").write_bytes(b"no image")
     first = tmp_path / "a" / "shard-000000.tar"
     flags = ["--out", tmp_path / "a", "--size", "32", "--per-shard", "40", "--workers", "1"]
     killed = subprocess.Popen([sys.executable, DATA_FILE, "prepare", found, *flags],
@@ -2433,7 +2442,11 @@ def test_prepare_goes_on_after_kill_9(tmp_path, monkeypatch):
     assert first.stat().st_mtime_ns == stamp and len(ds) == 400
     files = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in "ab"]
     assert files[0] == files[1] and not any("partial" in name for name in files[0])
-    assert "a-rubbish.png" in data.read_json(tmp_path / "a" / "unreadable.json")
+    assert "z-rubbish.png" in data.read_json(tmp_path / "a" / "unreadable.json")
+    data_pictures(found, {"z-rubbish.png": data_xray()})
+    ds = data_prepare("found", tmp_path / "a", per_shard=40)
+    assert len(ds) == 401 and first.stat().st_mtime_ns == stamp, "a picture that was mended"
+    assert not list((tmp_path / "a").glob("*unreadable.json"))
     with pytest.raises(UserError, match="per_shard': 40.*per_shard': 1000"):
         data_prepare("found", tmp_path / "a")
     (tmp_path / "a" / "prepare.json").write_text("{")
@@ -2447,13 +2460,18 @@ def test_data_given_as_a_folder_is_prepared_once_and_again_when_it_changes(tmp_p
     ds = data.open_data(str(found), 32)
     assert len(ds) == 3 and ds.labels[2] == ("A", "B") and ds.providers[0] == "found"
     assert all((ds[i] == data.preprocess(data_xray(i), 32)).all() for i in range(3))
+    table = tmp_path / "table.csv"
+    table.write_text("file,labels\nx000,C\n")
+    assert data.open_data(str(found), 32, labels=str(table)).labels[0] == ("C",)
     monkeypatch.setattr(data, "prepare", lambda s: 1 / 0)
     assert len(data.open_data(str(found), 32)) == 3
-    for path, content in ((tmp_path / "found.csv", b"file,labels\nx000,B\n"),
-                          (found / "x009.png", data.encode(data_xray(9)))):
+    assert len(data.open_data(str(found), 32, labels=str(table))) == 3
+    for path, content, labels in ((table, b"file,labels\nx000,D,\n", str(table)),
+                                  (tmp_path / "found.csv", b"file,labels\nx000,B\n", None),
+                                  (found / "x009.png", data.encode(data_xray(9)), None)):
         path.write_bytes(content)
         with pytest.raises(ZeroDivisionError):
-            data.open_data(str(found), 32)
+            data.open_data(str(found), 32, labels=labels)
 
 
 @pytest.mark.parametrize("spec,message", [
@@ -2693,8 +2711,16 @@ def test_pipe_shards_are_fetched_once_checked_and_dropped(tmp_path, monkeypatch,
             fetched = [data.INDEX, *(f"shard-{k:06d}.tar" for k in range(30))]
             assert sorted(log.read_text().split()) == fetched
     time.sleep(0.5)
+    before = [path.stat().st_size for path in sorted(shards.glob("*.tar"))]
+    assert (remote[6] == local[6]).all()
     kept = list(remote.remote.folder.glob("*.tar"))
     assert len(kept) <= 3 * data.WINDOW
+    found = data_folder(tmp_path / "other", 60)
+    data_pictures(found, {f"x{i:03d}.png": data_xray(i + 100) for i in range(60)})
+    shutil.rmtree(shards)
+    remade = data_prepare(found, shards, per_shard=2)
+    assert [path.stat().st_size for path in sorted(shards.glob("*.tar"))] == before
+    assert (data.open_data(spec, 32)[6] == remade[6]).all(), "a stale shard"
     os.truncate(shards / "shard-000003.tar", 1024)
     for path in kept:
         path.unlink()
@@ -2711,16 +2737,8 @@ def test_pipe_shards_are_fetched_once_checked_and_dropped(tmp_path, monkeypatch,
 
 
 def test_augmentation_is_a_function_of_seed_image_and_step():
-    before = [path.stat().st_size for path in sorted(shards.glob("*.tar"))]
-    assert (remote[6] == local[6]).all()
     """Would catch augmentation that depends on the batch, so that ranks and resumed runs differ, or
     on the precision of the nets around it."""
-    found = data_folder(tmp_path / "other", 60)
-    data_pictures(found, {f"x{i:03d}.png": data_xray(i + 100) for i in range(60)})
-    shutil.rmtree(shards)
-    remade = data_prepare(found, shards, per_shard=2)
-    assert [path.stat().st_size for path in sorted(shards.glob("*.tar"))] == before
-    assert (data.open_data(spec, 32)[6] == remade[6]).all(), "a stale shard"
     images = torch.from_numpy(np.stack([data_xray(i, 64, 64) for i in range(6)]))
     ids = torch.arange(6) * 1000
     whole = data.augment(images, ids, 7, 3)
