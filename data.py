@@ -48,7 +48,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,7 +56,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from tqdm import tqdm
@@ -108,10 +108,12 @@ def command_line(doc: str, commands: dict, argv: list[str] | None = None) -> Non
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, RuntimeError) as error:
-        if re.search("gloo|NCCL|TCPStore", str(error)):
-            error = "another rank has ended; its own message says why"
-        elif isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise  # else torch says that a reading process was killed, wherever the program was
+        if isinstance(error, RuntimeError):
+            if re.search("gloo|NCCL|TCPStore", str(error)):
+                reason = first_line(error)
+                error = f"another rank has ended; its own message says why (here: {reason})"
+            elif "DataLoader worker" not in str(error):
+                raise  # else torch says that a reading process was killed, wherever we were
         rank = os.environ.get("RANK")
         if rank is None:
             sys.exit(f"{program}: {error}")
@@ -238,25 +240,23 @@ def read_bytes(path, limit: int = 2**28) -> bytes:
     return Path(path).read_bytes()
 
 
-def save_tensors(path, tensors: dict[str, torch.Tensor], info: dict = {}) -> None:
-    """One safetensors file, whole or absent; `info` (JSON) goes into its metadata."""
+def save_tensors(path, tensors: dict[str, torch.Tensor]) -> None:
+    """One safetensors file, whole or absent."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole(path) as partial:
-        try:  # TRAP: transformers wants a "format"; of two entries the order would be random
-            save_file(tensors, partial, {"info": json.dumps(info)} if info else {"format": "pt"})
+        try:  # TRAP: transformers wants a "format"
+            save_file(tensors, partial, {"format": "pt"})
         except SafetensorError as error:  # a full disk arrives as this, not as OSError
             raise OSError(f"could not write {path}: {error}") from None
 
 
-def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:
-    """What `save_tensors` wrote -> tensors (memory-mapped), info."""
+def load_tensors(path) -> dict[str, torch.Tensor]:
+    """What `save_tensors` wrote, memory-mapped."""
     try:
         if not os.path.isfile(path):
             raise OSError("no such file, or a folder, pipe or device")
-        with safe_open(path, framework="pt") as file:
-            info = json.loads((file.metadata() or {}).get("info", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, info
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is missing, damaged or no safetensors file ({error}); restore it, "
                         "or remove it and run again what wrote it") from None
 
@@ -293,9 +293,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def end_with(parent: int) -> None:
-    """End this process within a second of its parent, which alone hears Ctrl-C; one thread."""
+def end_with(parent: int | None = None) -> None:
+    """End this process within a second of its parent, which alone hears Ctrl-C; one thread.
+
+    parent: its pid where multiprocessing did not start this process.
+    """
     def watch():
+        if parent is None:
+            parent_process().join()  # TRAP: getppid is a server's where that forked this process
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
@@ -316,7 +321,7 @@ def run_jobs(function, jobs: list[tuple], desc: str, workers: int | None = None,
         return [function(*job) for job in jobs]
     workers = workers or cores()
     try:
-        with ProcessPoolExecutor(workers, get_context(start), end_with, (os.getpid(),)) as pool:
+        with ProcessPoolExecutor(workers, get_context(start), end_with) as pool:
             return list(progress(pool.map(function, *zip(*jobs)), desc, len(jobs), unit))
     except BrokenProcessPool:
         raise UserError(f"{desc}: a worker process was killed, perhaps for lack of memory; the "
@@ -327,7 +332,7 @@ def run_jobs(function, jobs: list[tuple], desc: str, workers: int | None = None,
 
 
 def hash64(*values) -> np.ndarray:
-    """Integers (broadcast together, mod 2**64) -> uint64: SplitMix64's finaliser over each."""
+    """Integers of 64 bits, broadcast together -> uint64: SplitMix64's finaliser over each."""
     h = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         for value in values:
@@ -424,15 +429,9 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], source)
 
 def write_weights(folder, config: dict, state: dict[str, torch.Tensor],
                   name: str = "diffusion_pytorch_model.safetensors") -> None:
-    """`folder`/config.json and `folder`/`name`, as diffusers and transformers read them.
-
-    A new folder is there whole or not at all; in one with other files, config.json comes last.
-    """
-    folder = Path(folder)
-    is_new = not folder.exists() or not any(folder.iterdir())
-    with whole(folder) if is_new else contextlib.nullcontext(folder) as place:
-        save_tensors(place / name, state)
-        write_json(place / "config.json", config)
+    """`folder`/`name` and, last, `folder`/config.json, as diffusers and transformers read them."""
+    save_tensors(Path(folder, name), state)
+    write_json(Path(folder, "config.json"), config)
 
 
 def hub_weights(repository: str, inside: str, revision: str | None) -> Path:
@@ -474,10 +473,6 @@ def hub_files(repository: str, patterns: list[str], revision: str | None = None,
         f"--revision {revision or 'main'} --local-dir {repository.split('/')[1]}\n"
         f"then give that folder's path instead of {repository!r}.")
 
-
-def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
-    """One file of a hub model, fetched where the hub's cache has it not."""
-    return hub_files(repository, [name], revision)[0] / name
 
 
 def first_line(error: Exception) -> str:
@@ -693,12 +688,13 @@ def mimic_labels(folder) -> dict[str, tuple[str, tuple[str, ...]]]:
         raise UserError(f"{folder}: found not both of mimic-cxr-2.0.0-metadata.csv.gz and "
                         "mimic-cxr-2.0.0-chexpert.csv.gz, which MIMIC-CXR needs")
     present = {}
-    for row in read_csv(tables[1][0]):
+    for row in read_csv(tables[1][0], "study_id"):
         study = row.pop("study_id")
         row.pop("subject_id", None)
         present[study] = tuple(sorted(name for name in row if row[name] in ("1", "1.0")))
+    views = read_csv(tables[0][0], "dicom_id", "subject_id", "study_id", "ViewPosition")
     return {plain_name(row["dicom_id"]): (row["subject_id"], present[row["study_id"]])
-            for row in read_csv(tables[0][0])
+            for row in views
             if row["ViewPosition"] in ("AP", "PA") and row["study_id"] in present}
 
 
@@ -707,8 +703,9 @@ def is_mimic_test(key: str) -> bool:
     return re.search(r"(^|/)p?19\d{6}(/|$)", key) is not None
 
 
-def read_csv(path):
-    """Rows of a CSV (also .gz, UTF-8 or Latin-1) as {column: value}, blank ones left out."""
+def read_csv(path, *needed: str):
+    """Rows of a CSV (also .gz, UTF-8 or Latin-1) as {column: value}, blank ones left out, as are
+    columns without a name. UserError where a `needed` column is missing."""
     try:
         content = read_bytes(path, 2**30)
         if str(path).endswith(".gz"):
@@ -719,13 +716,17 @@ def read_csv(path):
             text = content.decode("latin-1")
         rows = csv.reader(io.StringIO(text, newline=""))
         header = [name.strip() for name in next(rows, [])]
-        if len(set(header)) < len(header):
-            raise csv.Error(f"two columns of one name among {', '.join(header)}")
+        names = list(filter(None, header))
+        if len(set(names)) < len(names):
+            raise csv.Error(f"two columns of one name among {', '.join(names)}")
+        if not set(needed).issubset(names):
+            raise csv.Error(f"found the columns {', '.join(names)}, expected {', '.join(needed)}")
         for row in rows:
             if any(map(str.strip, row)):
-                yield dict(zip(header, map(str.strip, row)))
+                row = itertools.zip_longest(header, map(str.strip, row), fillvalue="")
+                yield {name: value for name, value in row if name}
     except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise UserError(f"{path} is not a readable CSV: {error}") from None
+        raise UserError(f"{path} is no CSV that can be used: {error}") from None
 
 
 def plain_name(name: str) -> str:
@@ -783,10 +784,12 @@ def folds_by_patient(patients, labels, k: int = 5, seed: int = 0) -> list[np.nda
     near-equal numbers: stratified by the rarest label of each image."""
     from sklearn.model_selection import StratifiedGroupKFold
     names, group = _groups(patients)
-    if len(names) < k:
-        raise UserError(f"{k} folds need at least {k} patients; found {len(names)}")
     counts = Counter(itertools.chain(*labels))
     rarest = [min(row, key=counts.get, default="") for row in labels]
+    most = max(Counter(rarest).values(), default=0)
+    if min(len(names), most) < k:
+        raise UserError(f"{k} folds need at least {k} patients and {k} images of one label; found "
+                        f"{len(names)} and {most}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a label rarer than k is spread as well as it can be
         folds = StratifiedGroupKFold(k, shuffle=True, random_state=seed)
@@ -808,15 +811,17 @@ def balanced_subsets(labels, sizes, seed: int = 0) -> dict[int, np.ndarray]:
     drawn = []
     problem = "no image carries a label"
     for n in sorted(sizes if names else ()):
-        more = _draw_in_turns(labels, names, drawn, n, seed, is_sparing=False)
-        if len(more) < n:
-            more = _draw_in_turns(labels, names, drawn, n, seed, is_sparing=True)
-            note(f"balanced subset of {n}: images that hold a rarer label are drawn last")
+        for is_sparing in (False, True):
+            more = _draw_in_turns(labels, names, drawn, n, seed, is_sparing)
+            if len(more) == n:
+                break
         if len(more) < n:
             name = names[len(more) % len(names)]
             problem = f"no balanced subset of {n}: {name!r} ran out after {len(more)} draws"
             note(problem)
             continue
+        if is_sparing:
+            note(f"balanced subset of {n}: images that hold a rarer label are drawn last")
         drawn = more
         subsets[n] = np.array(drawn)
     if not subsets:
@@ -1122,17 +1127,13 @@ def read_info(content: bytes) -> dict:
         return {}
 
 
-def scan_shards(paths: list[Path]) -> np.ndarray:
-    """The rows of the index of shards: a structured array with the fields COLUMNS."""
+def write_index(path, paths: list[Path]) -> None:
+    """The index of shards, a structured array with the fields COLUMNS -> one .npz, whole or
+    absent."""
     rows = list(itertools.chain(*run_jobs(scan_shard, [(path,) for path in paths], "indexing")))
     if not rows:
         raise UserError(f"found no image in {len(paths)} shards: {paths[0]} …")
-    return np.rec.fromarrays(list(zip(*rows)), names=",".join(COLUMNS))
-
-
-def write_index(path, paths: list[Path]) -> None:
-    """The index of shards -> one .npz, whole or absent."""
-    rows = scan_shards(paths)
+    rows = np.rec.fromarrays(list(zip(*rows)), names=",".join(COLUMNS))
     with whole(path) as partial:
         np.savez(partial, rows=rows)
 
@@ -1163,14 +1164,12 @@ def decode_texts(column: np.ndarray) -> list[str]:
 
 def shard_counts(rows: np.ndarray) -> dict[str, int]:
     """{shard: number of its rows}, in their order."""
-    counts = Counter(rows["shard"].tolist())
-    return {os.fsdecode(name): counts[name] for name in counts}
+    return Counter(decode_texts(rows["shard"]))
 
 
 def select_shards(rows: np.ndarray, wanted) -> np.ndarray:
     """The rows of the shards in `wanted`."""
-    wanted = set(map(os.fsencode, wanted))
-    return rows[[shard in wanted for shard in rows["shard"].tolist()]]
+    return rows[np.isin(rows["shard"], list(map(os.fsencode, wanted)))]
 
 
 def find_index(folder: Path, paths: list[Path]) -> np.ndarray:
@@ -1179,9 +1178,14 @@ def find_index(folder: Path, paths: list[Path]) -> np.ndarray:
     if (folder / INDEX).exists():
         with contextlib.suppress(UserError):
             rows = read_index(folder / INDEX)
-            known = dict(zip(rows["shard"].tolist(), rows["shard_bytes"].tolist()))
-            if all(known.get(os.fsencode(name)) == sizes[name] for name in sizes):
-                return rows if len(known) == len(sizes) else select_shards(rows, sizes)
+            known = dict(zip(decode_texts(rows["shard"]), rows["shard_bytes"].tolist()))
+            gone = [name for name in known if not (folder / name).exists()]
+            if gone:
+                note(f"{folder / INDEX} names {len(gone)} shards that are not there, such as "
+                     f"{gone[0]}; the others are used")
+            others = [path for path in paths if known.get(path.name) != sizes[path.name]]
+            if not any(path.name in known or scan_shard(path) for path in others):
+                return select_shards(rows, sizes)  # the others, if any, hold no image
         note(f"{folder / INDEX} is not of these shards; data.index_folder(folder) makes it again")
     # TRAP: tars are padded to 10,240 bytes: other shards may well be of the same size.
     times = [path.stat().st_mtime_ns for path in paths]
@@ -1191,6 +1195,11 @@ def find_index(folder: Path, paths: list[Path]) -> np.ndarray:
         if not cached.exists():
             write_index(cached, paths)
     return read_index(cached)
+
+
+def text_column(name: str):
+    """A property of `XRays`: a text column of its index as list[str], decoded once."""
+    return functools.cached_property(lambda ds: decode_texts(ds.rows[name]))
 
 
 class XRays(torch.utils.data.Dataset):
@@ -1214,17 +1223,9 @@ class XRays(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @functools.cached_property
-    def keys(self) -> list[str]:
-        return decode_texts(self.rows["key"])
-
-    @functools.cached_property
-    def patients(self) -> list[str]:
-        return decode_texts(self.rows["patient"])
-
-    @functools.cached_property
-    def providers(self) -> list[str]:
-        return decode_texts(self.rows["provider"])
+    keys = text_column("key")
+    patients = text_column("patient")
+    providers = text_column("provider")
 
     @functools.cached_property
     def labels(self) -> list[tuple[str, ...]]:
@@ -1232,11 +1233,10 @@ class XRays(torch.utils.data.Dataset):
 
     @functools.cached_property
     def digest(self) -> str:
-        """A name of these keys, patients and labels, whatever the size of the images."""
-        names = hashlib.blake2b(digest_size=5)
-        for text in ("key", "patient", "labels"):
-            names.update(b"\0".join(self.rows[text].tolist()) + b"\n")
-        return names.hexdigest()
+        """A name of these images, their masks and labels, whatever `size` they are opened at.
+        Pictures count by their number of bytes: other ones of the same names differ in it."""
+        columns = ("key", "patient", "provider", "labels", "image_bytes", "mask_bytes")
+        return digest(str([self.rows[name].tolist() for name in columns]))
 
     def __getitem__(self, i: int) -> np.ndarray:
         image = self._decode(i, "image")
@@ -1300,9 +1300,10 @@ class XRays(torch.utils.data.Dataset):
         try:
             return load_image(self._content(i, part), key)
         except (Unreadable, OSError) as error:
-            message = (f"{self.shard_of(i)}: {part} of {key}: {error}. Make or fetch this "
-                       f"shard again; data.py check '{self.name}' names all damage")
-            raise UserError(message) from None
+            shard = self.shard_of(i)
+            place = self.name if self.remote else f"{os.path.dirname(shard)}/*.tar"
+            raise UserError(f"{shard}: {part} of {key}: {error}. Make or fetch this shard again; "
+                            f"data.py check '{place}' names all damage") from None
 
     @functools.lru_cache(8)  # the epochs that readers are in, of a few sets
     def order(self, seed: int, epoch: int) -> np.ndarray:
@@ -1375,7 +1376,7 @@ def open_data(spec: str, size: int, seed: int = 0, count: int | None = None,
 def _prepared(path: Path, size: int, labels: str | None) -> list[Path]:
     """The shards of a folder or archive of X-rays, prepared once; other files, another folder."""
     path = path.absolute()
-    files = [*walk(path).values(), *label_csvs(path)]
+    files = [*walk(path).values(), *label_csvs(path), *(walk(labels) if labels else {}).values()]
     listing = [(str(file), os.path.getsize(file), os.path.getmtime(file)) for file in files]
     folder = cache_folder() / "prepared" / f"{path.name}-{size}px-{digest(listing, labels)}"
     with locked(folder):
@@ -1425,7 +1426,7 @@ class Remote:
     """Shards that are fetched whole, once, into a local folder that all processes share.
 
     The 2 * WINDOW shards used last are kept in any case: those being read, those fetched ahead.
-    Older ones are dropped once the folder holds more than `cache_gb`.
+    Older ones are dropped once those of one place have more than `cache_gb`.
     """
 
     def __init__(self, spec: str, cache_gb: float):
@@ -1481,7 +1482,8 @@ class Remote:
     def _drop(self) -> None:
         held = 0
         with contextlib.suppress(FileNotFoundError):  # another process is dropping, too
-            newest = sorted(self.folder.glob("*.tar"), key=os.path.getmtime, reverse=True)
+            # Those of earlier indices count as well.
+            newest = sorted(self.folder.parent.glob("*/*.tar"), key=os.path.getmtime, reverse=True)
             for k, path in enumerate(newest):
                 held += path.stat().st_size
                 if k >= 2 * WINDOW and held > self.limit:
@@ -1489,7 +1491,8 @@ class Remote:
                         path.unlink()
 
     def index(self) -> np.ndarray:
-        """Of all shards; where it cannot be fetched, that of an earlier run."""
+        """Of all shards; where it cannot be fetched, that of an earlier run. TRAP: shards that were
+        made anew mostly have the sizes of the old ones, so each index has a folder of its own."""
         path = self.folder / INDEX
         with locked(path):
             try:
@@ -1499,7 +1502,9 @@ class Remote:
                     raise UserError(f"{error}\nWhere the shards are, data.index_folder(folder) "
                                     "makes an index") from None
                 note(f"{error}; the index of an earlier run is used")
-        return read_index(path)
+            rows = read_index(path)
+        self.folder /= str(zlib.crc32(rows.tobytes()))
+        return rows
 
 
 def open_remote(spec: str, size: int, count: int | None, cache_gb: float) -> XRays:
@@ -1578,10 +1583,10 @@ def walk(root, skip=None) -> dict[str, str]:
     if os.path.isfile(root):
         return {os.path.basename(root): str(root)}
     found = {}  # by inode
-    seen = set()
+    seen = {os.path.realpath(skip)} if skip else set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=note):
         place = os.path.realpath(folder)
-        if folder == str(skip) or place in seen:
+        if place in seen:
             folders.clear()
             continue
         seen.add(place)
@@ -1626,7 +1631,7 @@ def read_pictures(paths, size: int) -> dict[str, torch.Tensor]:
 def label_csvs(source) -> list[Path]:
     """The CSVs beside a folder or archive (SOURCE.csv) and in the folder."""
     source = Path(source).expanduser().absolute()
-    beside = source.parent / f"{source.name.split('.')[0]}.csv"
+    beside = source.with_name(f"{ARCHIVES.sub('', source.name)}.csv")
     return [path for path in (beside, *sorted(source.glob("[!.]*.csv"))) if path.is_file()]
 
 
@@ -1769,33 +1774,38 @@ def prepare(s: Prepare) -> None:
     with locked(cache_folder() / "prepared" / digest(str(out))):
         for left in (out / ".unpacked", *out.glob(".shard-*.partial")):  # by a kill
             shutil.rmtree(left, ignore_errors=True)
-        unreadable = {}  # {name: why}
-        films = find_films(s, find_pictures(s.source, out, unreadable))
-        recipe = {"source": os.path.abspath(s.source), "size": s.size, "provider": s.provider,
-                  "per_shard": s.per_shard, "files": digest([vars(film) for film in films])}
-        file = out / "prepare.json"
-        known = read_json(file) if file.exists() else recipe
-        if known != recipe:
-            raise UserError(f"{out} holds shards made otherwise: found {known}, expected {recipe}. "
-                            "Give another --out, or remove that folder")
-        write_json(file, recipe)
-        # CHOICE: small sets have shards of fewer images, for all cores to work.
-        step = min(s.per_shard, max(64, -(-len(films) // 16)))
-        jobs = [(out / f"shard-{k // step:06d}.tar", films[k:k + step], s)
-                for k in range(0, len(films), step)]
-        missing = [job for job in jobs if not job[0].exists()]
-        run_jobs(_prepare_shard, missing, f"preparing {s.source}", s.workers)
-        shutil.rmtree(out / ".unpacked", ignore_errors=True)
-        for file in out.glob("shard-*.unreadable.json"):
-            unreadable |= read_json(file)
-        if unreadable:
-            write_json(out / "unreadable.json", unreadable)
-            name = min(unreadable)
-            note(f"{len(unreadable):,} files could not be read; {out / 'unreadable.json'} names "
-                 f"them. The first, {name}: {unreadable[name]}")
-        index_folder(out)
-        images = len(read_index(out / INDEX))
-        print(f"{images:,} images in {len(jobs)} shards with their index: {out}/")
+        try:
+            unreadable = {}  # {name: why}
+            films = find_films(s, find_pictures(s.source, out, unreadable))
+            recipe = {"source": os.path.abspath(s.source), "size": s.size, "provider": s.provider,
+                      "per_shard": s.per_shard, "files": digest([vars(film) for film in films])}
+            file = out / "prepare.json"
+            known = read_json(file) if file.exists() else recipe
+            if known != recipe:
+                raise UserError(f"{out} holds shards made otherwise: found {known}, expected "
+                                f"{recipe}. Give another --out, or remove that folder")
+            write_json(file, recipe)
+            for name in (INDEX, "unreadable.json"):  # of an earlier run
+                (out / name).unlink(missing_ok=True)
+            # CHOICE: small sets have shards of fewer images, for all cores to work.
+            step = min(s.per_shard, max(64, -(-len(films) // 16)))
+            jobs = [(out / f"shard-{k // step:06d}.tar", films[k:k + step], s)
+                    for k in range(0, len(films), step)]
+            missing = [job for job in jobs  # what could not be read may have been mended
+                       if not job[0].exists() or job[0].with_suffix(".unreadable.json").exists()]
+            run_jobs(_prepare_shard, missing, f"preparing {s.source}", s.workers)
+            for file in out.glob("shard-*.unreadable.json"):
+                unreadable |= read_json(file)
+            if unreadable:
+                write_json(out / "unreadable.json", unreadable)
+                name = min(unreadable)
+                note(f"{len(unreadable):,} files could not be read; {out}/unreadable.json names "
+                     f"them. The first, {name}: {unreadable[name]}")
+            index_folder(out)
+            images = len(read_index(out / INDEX))
+            print(f"{images:,} images in {len(jobs)} shards with their index: {out}/")
+        finally:
+            shutil.rmtree(out / ".unpacked", ignore_errors=True)
 
 
 def find_films(s: Prepare, files: dict[str, str]) -> list[Film]:
@@ -1842,18 +1852,21 @@ def find_labels(s: Prepare, names: list[str]) -> list:
 
 
 def _prepare_shard(path: Path, films: list[Film], s: Prepare) -> None:
-    write_shard(path, _read_films(path, films, s))
-
-
-def _read_films(path: Path, films: list[Film], s: Prepare):
-    """The images of one shard; then a file beside it names those that cannot be read."""
+    """A shard; a file beside it, which is there first, names what cannot be read."""
     unreadable = {}
+    report = path.with_suffix(".unreadable.json")
+    write_shard(path, _read_films(report, films, s, unreadable))
+    if not unreadable:
+        report.unlink(missing_ok=True)
+
+
+def _read_films(report: Path, films: list[Film], s: Prepare, unreadable: dict[str, str]):
     for film in films:
         sample = read_film(film, s, unreadable)
         if sample:
             yield sample
     if unreadable:
-        write_json(path.with_suffix(".unreadable.json"), unreadable)
+        write_json(report, unreadable)
 
 
 def read_film(film: Film, s: Prepare, unreadable: dict[str, str]) -> Sample | None:
@@ -1874,11 +1887,12 @@ def read_film(film: Film, s: Prepare, unreadable: dict[str, str]) -> Sample | No
     part = square(image)
     lungs = []
     for mask in pictures.values():
-        mask = Image.fromarray(mask > mask.max() // 2)  # SCR's masks have half the size
+        least = mask.max() // 2 if mask.max() > 8 else 0  # else numbers of lungs, as in ours
+        mask = Image.fromarray(mask > least)  # SCR's masks have half the size
         mask = np.array(mask.resize(image.shape[::-1], Image.NEAREST), np.uint8)
         lungs.append(resize(mask[part], s.size, Image.NEAREST) > 0)
     is_whole = 0 < len(lungs) == len(film.files) - 1
-    provider = s.provider or Path(s.source).absolute().name.split(".")[0]
+    provider = s.provider or ARCHIVES.sub("", Path(s.source).absolute().name)
     return Sample(film.key, resize(image[part], s.size), film.patient, provider, film.labels,
                   lung_mask(lungs) if is_whole else None, {"file": name})
 
@@ -1894,13 +1908,8 @@ def check(s: Check) -> None:
     twice = len(ds) - len(set(ds.keys))
     if twice:
         problems.append(f"{twice} images have the key of another one")
-    for folder in {Path(shard).parent for shard in ds.shards}:
-        with contextlib.suppress(UserError):
-            names = shard_counts(read_index(folder / INDEX))
-            gone = [name for name in names if not (folder / name).exists()]
-            problems += [f"{folder / name}: missing, but in {INDEX}" for name in gone]
-    print("\n".join(problems[:50]))
     if problems:
+        print("\n".join(problems[:50]))
         raise UserError(f"{s.data}: {len(ds):,} images, problems: {len(problems)}")
     print(f"{s.data}: {len(ds):,} images, all readable")
 
@@ -1973,7 +1982,7 @@ class _Reader(torch.utils.data.Dataset):
 def _start_reader(worker: int) -> None:
     """SIGTERM to a process group asks for a checkpoint: readers go on until their parent ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    end_with(os.getppid())
+    end_with()
 
 
 def fit_shared_memory(workers: int, item_bytes: int) -> int:
@@ -2008,7 +2017,7 @@ def augment(images: torch.Tensor, ids, step, seed: int) -> torch.Tensor:
     CHOICE: what comes into view repeats the edge: a black frame would be learned as X-ray.
     """
     u = uniforms(6, seed, torch.as_tensor(ids).cpu().numpy(), step)    # (B, 6)
-    zoom, *signed = torch.from_numpy(u).to(images.device, torch.float32).T
+    zoom, *signed = torch.from_numpy(u).float().to(images.device, non_blocking=True).T
     signed = 2 * torch.stack(signed) - 1                               # (5, B) in [-1, 1)
     theta = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
     theta[:, 0, 1] = signed[0] * SHEAR
@@ -2017,7 +2026,8 @@ def augment(images: torch.Tensor, ids, step, seed: int) -> torch.Tensor:
     zoom = SCALE[0] + (SCALE[1] - SCALE[0]) * zoom
     theta = theta / zoom[:, None, None]                                # output -> input
     x = images[:, None].float() / 127.5 - 1                            # (B, 1, S, S)
-    where = F.affine_grid(theta, x.shape, align_corners=False)         # (B, S, S, 2)
+    # TRAP: bfloat16 and TF32 would round the product inside to a pixel and more; not float64.
+    where = F.affine_grid(theta.double(), x.shape, align_corners=False).float()  # (B, S, S, 2)
     x = F.grid_sample(x, where, mode="bilinear", padding_mode="border", align_corners=False)
     amount = signed[4].clamp(min=0).view(-1, 1, 1, 1) * SHARPEN
     # TRAP: zeros around the picture would draw a frame.

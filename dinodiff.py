@@ -870,7 +870,7 @@ def read_views(run: Run, opened: dict, ids: np.ndarray, step: int) -> list[Tenso
     for view, i in zip(chosen.astype(int), ids):
         path = view_file(run, view, i // VIEW_BLOCK)
         if path not in opened:
-            opened[path], _ = data.load_tensors(wait_for(path))
+            opened[path] = data.load_tensors(wait_for(path))
         rows.append([opened[path][name][i % VIEW_BLOCK] for name in VIEW])
     return [torch.stack(parts).float() for parts in zip(*rows)]
 
@@ -999,7 +999,7 @@ def open_unet(s: Train, run: Run) -> tuple[UNet, torch.optim.Optimizer]:
         run.unet = freeze(average, run.device)
     optimizer = make_optimizer(s, unet)
     if place:
-        restore_optimizer(optimizer, data.load_tensors(place / "optimizer.safetensors")[0])
+        restore_optimizer(optimizer, data.load_tensors(place / "optimizer.safetensors"))
     compile_on_gpu(s, unet)
     if run.device.type == "cuda":
         c = condition(run.vit, torch.zeros(1, 3, 8, 8, device=run.device), s.tokens)

@@ -523,7 +523,7 @@ class DenseNet(nn.Module):
         """DenseNet-121 of a folder, a `.safetensors`, a pickled `.pt` (never run) or the hub."""
         path = Path(source).expanduser()
         if str(source) == XRV and not path.exists():  # a pickled module
-            path = data.hub_file(XRV, "model.pt", revision)
+            path = data.hub_files(XRV, ["model.pt"], revision)[0] / "model.pt"
         elif (path / "model.pt").is_file():
             path = path / "model.pt"
         if path.suffix in (".pt", ".pth", ".bin") and path.is_file():
@@ -1399,7 +1399,7 @@ def open_model(m, s, name, step):
         # CHOICE: without --context one zero token: cross-attention adds its bias, and no text.
         tensors = {"context": torch.zeros(1, width)}
         if s.context:
-            tensors, _ = data.load_tensors(s.context)
+            tensors = data.load_tensors(s.context)
         c = tensors.get("context")
         if c is None or c.shape[1:] != (width,):
             raise UserError(f"{s.context}: found the tensors {', '.join(tensors)}, expected "

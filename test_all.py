@@ -1829,6 +1829,19 @@ def test_data_errors_are_one_message_and_exit_code_1_under_torchrun_too(tmp_path
         assert "no such file or folder" in ran.stderr and ("rank 1" in ran.stderr) == bool(ranks)
 
 
+def test_only_errors_of_the_collectives_are_laid_to_another_rank():
+    """Would catch a path with `gloo` in it that hides what is wrong, and the reason of a start that
+    fails on all ranks."""
+    for error, message in ((UserError("/data/igloo: no such folder"), ": /data/igloo: no such"),
+                           (FileNotFoundError("igloo"), ": igloo"),
+                           (RuntimeError("gloo: no device\n at"), r"another rank.*no device\)$")):
+        def fail(settings):
+            raise error
+
+        with pytest.raises(SystemExit, match=message):
+            data.command_line("", {"": (DataSettings(), fail)}, [])
+
+
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff\xfe\0", b"[" * 100_000])
 def test_data_small_files_that_are_damaged_are_named(tmp_path, content):
     """Would catch a traceback for a config.json that is missing, empty, cut, binary or a list."""
@@ -1846,9 +1859,8 @@ def test_data_files_are_whole_or_absent(tmp_path, monkeypatch):
     left = tmp_path / ".x.safetensors.partial"
     left.mkdir()
     (left / ".tmpAb12").write_bytes(b"left by a kill")
-    data.save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(3)}, {"step": 4})
-    tensors, info = data.load_tensors(tmp_path / "x.safetensors")
-    assert info == {"step": 4} and tensors["a"].tolist() == [1, 1, 1]
+    data.save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(3)})
+    assert data.load_tensors(tmp_path / "x.safetensors")["a"].tolist() == [1, 1, 1]
     assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == 0o644
     with pytest.raises(ZeroDivisionError), data.whole(tmp_path / "y") as partial:
         partial.write_text(f"half {1 / 0}")
@@ -1860,8 +1872,8 @@ def test_data_files_are_whole_or_absent(tmp_path, monkeypatch):
     data.write_file(tmp_path / "z.md", "a name that is no UTF-8: \udcff")
     assert order == ["fsync", "replace", "fsync"]
     monkeypatch.setattr(data, "write_json", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write_weights(tmp_path / "vae", {}, {"a": torch.ones(1)})
+    with pytest.raises(ZeroDivisionError), data.whole(tmp_path / "vae") as partial:
+        write_weights(partial, {}, {"a": torch.ones(1)})
     assert not (tmp_path / "vae").exists(), "a net without its config.json"
 
 
@@ -1906,6 +1918,21 @@ def test_data_a_killed_worker_is_one_message(monkeypatch):
     jobs = [functools.partial(os._exit, 1)] * 2
     with pytest.raises(UserError, match="training classifiers: a worker process was killed"):
         evaluate.train_all(SimpleNamespace(workers=2), m, jobs)
+
+
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_workers_end_with_their_parent_by_any_start_method(tmp_path, start):
+    """Would catch workers that outlive a kill, or end at once as a server started them."""
+    (tmp_path / "job.py").write_text("import time\n\ndef wait(k):\n    print(k, flush=True)\n"
+                                     "    time.sleep(600)\n")
+    code = f"import data, job; data.run_jobs(job.wait, [(1,), (2,)], '', 2, start={start!r})"
+    killed = subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE,
+                              env=os.environ | {"PYTHONPATH": f"{tmp_path}:{HERE}"})
+    assert {killed.stdout.readline() for _ in range(2)} == {"1\n", "2\n"}
+    time.sleep(1.5)
+    assert killed.poll() is None
+    killed.kill()
+    assert killed.communicate(timeout=30) == ("", None), "a worker holds its output open"
 
 
 def test_only_regular_files_are_opened(tmp_path):
@@ -2194,7 +2221,8 @@ def test_labels_match_after_normalising(tmp_path, written):
 
 
 def test_label_files_of_any_kind_are_read_or_refused(tmp_path):
-    """Would catch a byte order mark in a column's name, Latin-1 or a stray CSV as a traceback."""
+    """Would catch a byte order mark in a column's name, Latin-1 or a stray CSV as a traceback, and
+    Excel's empty columns or a short line as damage."""
     text = "file,patient,labels\nx.png,Jos\xe9,A\nx.png,,B\n"
     nih = "Image Index,Finding Labels,Patient ID\nx.png,A|B,Jos\xe9\n"
     blank = text.replace("\n", "\n,,\n\n")
@@ -2204,6 +2232,9 @@ def test_label_files_of_any_kind_are_read_or_refused(tmp_path):
         (tmp_path / "a.csv.gz").write_bytes(gzip.compress(content))
         for name in ("a.csv", "a.csv.gz"):
             assert data.read_labels(tmp_path / name) == {"x": ("Jos\xe9", ("A", "B"))}
+    (tmp_path / "a.csv").write_text("file,patient,labels,,\nx.png,p,A,,\ny.png,q\nz.png,r,B,C,1\n")
+    assert data.read_labels(tmp_path / "a.csv") == {
+        "x": ("p", ("A",)), "y": ("q", ()), "z": ("r", ("B",))}
     for content in ("", "a,b\n1,2\n", "file,labels,labels\nx,A,B\n", "file,patient\n", "\0\0\n\0"):
         (tmp_path / "a.csv").write_text(content)
         with pytest.raises(UserError, match="a.csv"):
@@ -2242,6 +2273,11 @@ def test_mimic_keeps_frontal_views_and_certain_findings(tmp_path):
     data_pictures(tmp_path, {"d4.png": data_xray(), "d95.png": data_xray()})
     ds = data_prepare(tmp_path, tmp_path / "out", labels=str(tmp_path))
     assert list(ds.keys) == ["d4"] and ds.patients[0] == "14000004"
+    for name in ("m-metadata.csv", "m-chexpert.csv"):  # another one's tables
+        (tmp_path / name).write_text("dicom_id,study\nd4,s4\n")
+        with pytest.raises(UserError, match=f"{name}.*found the columns dicom_id, study, expect"):
+            data.read_labels(tmp_path)
+        (tmp_path / name).write_text("\n".join(meta))
 
 
 def data_labelled(count=900):
@@ -2272,6 +2308,7 @@ def test_balanced_subsets_are_random_balanced_and_nested(capsys):
     assert sum("B" in rare[i] for i in data.balanced_subsets(rare, (20,), 1)[20]) == 10
     assert "drawn last" in capsys.readouterr().err
     assert list(data.balanced_subsets(labels, (30, 5000), 4)) == [30]
+    assert "drawn last" not in capsys.readouterr().err, "there is no such subset"
     for wrong in (labels, [()] * 5):
         with pytest.raises(UserError, match="'Rare' ran out|no image carries a label"):
             data.balanced_subsets(wrong, (5000,), 4)
@@ -2293,6 +2330,8 @@ def test_splits_and_folds_never_share_a_patient():
     assert len(data.split_by_patient([""] * 10, 0.3)[1]) == 3  # unknown patients all differ
     with pytest.raises(UserError, match="at least 5 patients"):
         data.folds_by_patient(["a"] * 9, labels[:9])
+    with pytest.raises(UserError, match="5 folds need .* 5 images of one label; found 5 and 1"):
+        data.folds_by_patient(patients[:5], [(name,) for name in "ABCDE"])
 
 
 # ---- prepare: walks, archives, masks, resuming ----
@@ -2311,8 +2350,9 @@ def test_walks_meet_each_picture_once_and_nothing_that_hangs(tmp_path):
     (found / "._x000.png").write_bytes(b"resource fork")
     os.rename(found / "x001.png", os.fsencode(found) + b"/x\xff.png")
     (found / "1.2.840.78").write_bytes(data_dicom(data_xray().astype(np.uint16)))
-    for _ in range(2):
-        ds = data_prepare(found, found / "shards")
+    (tmp_path / "link").symlink_to(found)
+    for place in (found, tmp_path / "link"):
+        ds = data_prepare(found, place / "shards")
         files = [ds.info(i)["file"] for i in range(len(ds))]
         assert files == ["1.2.840.78", "x000.png", "x\udcff.png"]
         assert not (found / "shards" / "unreadable.json").exists()
@@ -2364,6 +2404,7 @@ def test_archives_give_what_is_whole_and_report_the_rest(tmp_path, monkeypatch, 
         assert (ds[0] == data.preprocess(data_xray(3 if count == 1 else 0), 32)).all()
     with pytest.raises(UserError, match="holds no X-rays"):
         data_prepare(tmp_path / "cut.zip", tmp_path / "of-cut")
+    assert not (tmp_path / "of-cut" / ".unpacked").exists()
     header = tarfile.TarInfo("k.png")  # a name of megabytes in a compressed tar
     header.type, header.size = tarfile.XHDTYPE, 2**21
     (tmp_path / "name.tgz").write_bytes(gzip.compress(header.tobuf() + bytes(2**21)))
@@ -2371,6 +2412,10 @@ def test_archives_give_what_is_whole_and_report_the_rest(tmp_path, monkeypatch, 
         data_prepare(tmp_path / "name.tgz", tmp_path / "of-name")
     assert "name.tgz: cut short or no archive" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.png"))
+    (tmp_path / "set-1.0.csv").write_text("file,patient\na/3,p3\n")  # beside set-1.0.tar.xz
+    (tmp_path / "x.tar.xz").rename(tmp_path / "set-1.0.tar.xz")
+    ds = data_prepare(tmp_path / "set-1.0.tar.xz", tmp_path / "of-set")
+    assert ds.patients[3] == "p3" and ds.providers[3] == "set-1.0"
     (tmp_path / "both" / "plain").mkdir(parents=True)
     (tmp_path / "both" / "plain.tar").write_bytes(plain)
     (tmp_path / "both" / "plain" / "0.png").write_bytes(pictures["a/0.png"])
@@ -2403,7 +2448,9 @@ def test_lung_masks_follow_their_image_in_all_published_forms(tmp_path):
     small = np.s_[::2, ::2]
     files = {"pairs/images/a.png": image, "pairs/masks/a.png": both, "pairs/images/b.png": image,
              "pairs/masks/none.png": left, "shenzhen/CXR_png/a.png": image,
-             "shenzhen/mask/a_mask.png": both, "montgomery/CXR_png/a.png": image,
+             "shenzhen/mask/a_mask.png": both, "ours/images/a.png": image,
+             "ours/masks/a.png": np.uint8(left > 0) + 2 * np.uint8(right > 0),
+             "montgomery/CXR_png/a.png": image,
              "montgomery/ManualMask/leftMask/a.png": right,  # names may lie
              "montgomery/ManualMask/rightMask/a.png": left, "jsrt/All247images/a.png": image,
              "jsrt/masks/left lung/a.gif": left[small], "jsrt/masks/heart/a.gif": left[small],
@@ -2413,7 +2460,8 @@ def test_lung_masks_follow_their_image_in_all_published_forms(tmp_path):
              "bad/masks/a_mask.png": both}
     data_pictures(tmp_path, files)
     dark = data.preprocess(image, 50) < 35
-    for name, count in {"pairs": 2, "shenzhen": 1, "montgomery": 1, "jsrt": 1, "two": 2}.items():
+    for name, count in {"pairs": 2, "shenzhen": 1, "ours": 1, "montgomery": 1, "jsrt": 1,
+                        "two": 2}.items():
         ds = data.open_data(str(tmp_path / name), 50)
         masks = ds.mask(0)
         assert len(ds) == count and masks.shape == (2, 50, 50) and masks.dtype == bool, name
@@ -2428,10 +2476,10 @@ def test_lung_masks_follow_their_image_in_all_published_forms(tmp_path):
 
 
 def test_prepare_goes_on_after_kill_9(tmp_path, monkeypatch):
-    """Would catch shards lost, doubled or half-written, names of unreadable files lost, leftovers
-    and worker processes that outlive a kill, ./x taken for another folder than x."""
+    """Would catch shards lost, doubled or half-written, names of unreadable files lost, or kept
+    when they were mended, leftovers of a kill, ./x taken for another folder than x."""
     found = data_folder(tmp_path / "found", 400)
-    (found / "a-rubbish.png").write_bytes(b"no image")
+    (found / "z-rubbish.png").write_bytes(b"no image")
     first = tmp_path / "a" / "shard-000000.tar"
     flags = ["--out", tmp_path / "a", "--size", "32", "--per-shard", "40", "--workers", "1"]
     killed = subprocess.Popen([sys.executable, DATA_FILE, "prepare", found, *flags],
@@ -2447,7 +2495,11 @@ def test_prepare_goes_on_after_kill_9(tmp_path, monkeypatch):
     assert first.stat().st_mtime_ns == stamp and len(ds) == 400
     files = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in "ab"]
     assert files[0] == files[1] and not any("partial" in name for name in files[0])
-    assert "a-rubbish.png" in data.read_json(tmp_path / "a" / "unreadable.json")
+    assert "z-rubbish.png" in data.read_json(tmp_path / "a" / "unreadable.json")
+    data_pictures(found, {"z-rubbish.png": data_xray()})
+    ds = data_prepare("found", tmp_path / "a", per_shard=40)
+    assert len(ds) == 401 and first.stat().st_mtime_ns == stamp, "a picture that was mended"
+    assert not list((tmp_path / "a").glob("*unreadable.json"))
     with pytest.raises(UserError, match="per_shard': 40.*per_shard': 1000"):
         data_prepare("found", tmp_path / "a")
     (tmp_path / "a" / "prepare.json").write_text("{")
@@ -2461,13 +2513,18 @@ def test_data_given_as_a_folder_is_prepared_once_and_again_when_it_changes(tmp_p
     ds = data.open_data(str(found), 32)
     assert len(ds) == 3 and ds.labels[2] == ("A", "B") and ds.providers[0] == "found"
     assert all((ds[i] == data.preprocess(data_xray(i), 32)).all() for i in range(3))
+    table = tmp_path / "table.csv"
+    table.write_text("file,labels\nx000,C\n")
+    assert data.open_data(str(found), 32, labels=str(table)).labels[0] == ("C",)
     monkeypatch.setattr(data, "prepare", lambda s: 1 / 0)
     assert len(data.open_data(str(found), 32)) == 3
-    for path, content in ((tmp_path / "found.csv", b"file,labels\nx000,B\n"),
-                          (found / "x009.png", data.encode(data_xray(9)))):
+    assert len(data.open_data(str(found), 32, labels=str(table))) == 3
+    for path, content, labels in ((table, b"file,labels\nx000,D,\n", str(table)),
+                                  (tmp_path / "found.csv", b"file,labels\nx000,B\n", None),
+                                  (found / "x009.png", data.encode(data_xray(9)), None)):
         path.write_bytes(content)
         with pytest.raises(ZeroDivisionError):
-            data.open_data(str(found), 32)
+            data.open_data(str(found), 32, labels=labels)
 
 
 @pytest.mark.parametrize("spec,message", [
@@ -2543,17 +2600,23 @@ def test_an_image_that_cannot_be_read_is_named_and_never_replaced(tmp_path, caps
     spec = str(shards / "*.tar")
     ds = data.open_data(spec, 32)
     assert len(ds.shards) == 5 and ds.digest == data.open_data(str(shards), 16).digest
+    capsys.readouterr()
+    data.check(data.Check(spec))
+    assert capsys.readouterr().out == f"{spec}: 23 images, all readable\n"
     with open(ds.shards[1], "r+b") as file:
         file.seek(ds.rows["image"][7])
         file.write(bytes(ds.rows["image_bytes"][7]))
+    place = re.escape(spec)  # where the damage is, whatever was given
     for read in (lambda: ds[7], lambda: ds.read([6, 7]), lambda: list(data.batches(ds, 23)),
-                 lambda: list(data.batches(ds, 23, workers=2))):
-        with pytest.raises(UserError, match="shard-000001.tar.*x007.*data.py check"):
+                 lambda: list(data.batches(ds, 23, workers=2)),
+                 lambda: data.open_data(str(shards), 32)[7]):
+        with pytest.raises(UserError, match=f"shard-000001.tar.*x007.*data.py check '{place}'"):
             read()
     (shards / "shard-000000.tar").unlink()
-    with pytest.raises(UserError, match="18 images, problems: 2"):
+    with pytest.raises(UserError, match="18 images, problems: 1"):
         data.check(data.Check(spec))
-    assert "shard-000000.tar: missing" in capsys.readouterr().out
+    assert "names 1 shards that are not there, such as shard-000000" in capsys.readouterr().err
+    assert len(data.open_data(str(shards / "*3.tar"), 32)) == 5
     last = shards / "shard-000004.tar"
     end = ds.rows["image"][20] + ds.rows["image_bytes"][20]
     for size in (end // 512 * 512 + 512, 700):  # between two members, within one
@@ -2587,12 +2650,18 @@ def data_rows(shards, images, size=0):
 
 
 def test_shards_without_an_index_are_scanned_once_until_they_change(tmp_path, monkeypatch):
-    """Would catch terabytes read through at each start by each rank, and an index of old shards."""
+    """Would catch terabytes read through at each start by each rank, and an index of old shards,
+    or one that is never believed as a shard holds no image."""
     shards = data_prepared(tmp_path, 6, 3)
-    (shards / data.INDEX).unlink()
+    data_tar(shards / "nothing.tar", {})
     scans = []
-    scan = data.scan_shards
-    monkeypatch.setattr(data, "scan_shards", lambda paths: scans.append(1) or scan(paths))
+    write = data.write_index
+    monkeypatch.setattr(data, "write_index", lambda *of: scans.append(1) or write(*of))
+    assert len(data.open_data(str(shards), 32)) == 6 and not scans
+    data_tar(shards / "nothing.tar", {"k.png": data.encode(data_xray())})
+    assert len(data.open_data(str(shards), 32)) == 7 and scans.pop()
+    (shards / "nothing.tar").unlink()
+    (shards / data.INDEX).unlink()
     for changed, expected in ((False, 1), (False, 1), (True, 2)):
         if changed:
             os.utime(next(shards.glob("*.tar")), (1, 1))
@@ -2676,7 +2745,8 @@ def test_shared_memory_that_is_small_means_fewer_batches_not_a_hang(tmp_path, mo
 
 
 def test_pipe_shards_are_fetched_once_checked_and_dropped(tmp_path, monkeypatch, capsys):
-    """Would catch a shard fetched by every worker, a cache that grows, a cut transfer kept."""
+    """Would catch a shard fetched by every worker, a cache that grows, a cut transfer kept, shards
+    of a set that has been made anew."""
     shards, log = data_prepared(tmp_path, 60, 2), tmp_path / "log"
     spec = f"pipe:echo {{shard}} >> {log}; cat {shards}/{{shard}}"
     local = data.open_data(str(shards / "*.tar"), 32)
@@ -2694,8 +2764,16 @@ def test_pipe_shards_are_fetched_once_checked_and_dropped(tmp_path, monkeypatch,
             fetched = [data.INDEX, *(f"shard-{k:06d}.tar" for k in range(30))]
             assert sorted(log.read_text().split()) == fetched
     time.sleep(0.5)
+    before = [path.stat().st_size for path in sorted(shards.glob("*.tar"))]
+    assert (remote[6] == local[6]).all()
     kept = list(remote.remote.folder.glob("*.tar"))
     assert len(kept) <= 3 * data.WINDOW
+    found = data_folder(tmp_path / "other", 60)
+    data_pictures(found, {f"x{i:03d}.png": data_xray(i + 100) for i in range(60)})
+    shutil.rmtree(shards)
+    remade = data_prepare(found, shards, per_shard=2)
+    assert [path.stat().st_size for path in sorted(shards.glob("*.tar"))] == before
+    assert (data.open_data(spec, 32)[6] == remade[6]).all(), "a stale shard"
     os.truncate(shards / "shard-000003.tar", 1024)
     for path in kept:
         path.unlink()
@@ -2712,7 +2790,8 @@ def test_pipe_shards_are_fetched_once_checked_and_dropped(tmp_path, monkeypatch,
 
 
 def test_augmentation_is_a_function_of_seed_image_and_step():
-    """Would catch augmentation that depends on the batch, so that ranks and resumed runs differ."""
+    """Would catch augmentation that depends on the batch, so that ranks and resumed runs differ, or
+    on the precision of the nets around it."""
     images = torch.from_numpy(np.stack([data_xray(i, 64, 64) for i in range(6)]))
     ids = torch.arange(6) * 1000
     whole = data.augment(images, ids, 7, 3)
@@ -2720,6 +2799,8 @@ def test_augmentation_is_a_function_of_seed_image_and_step():
     assert torch.allclose(data.augment(images[2:4], ids[2:4], 7, 3), whole[2:4], atol=1e-6)
     for other in ((ids, 8, 3), (ids, 7, 4), (ids + 1, 7, 3)):
         assert (data.augment(images, *other) - whole).abs().mean() > 0.01
+    with torch.autocast("cpu", torch.bfloat16):  # would round the grid to pixels and more
+        assert torch.equal(data.augment(images, ids, 7, 3), whole)
 
 
 def test_augmentation_stays_within_the_papers_ranges(monkeypatch):
@@ -2789,6 +2870,9 @@ def test_phantom_sets_are_drawn_once_with_patients_labels_and_masks(monkeypatch)
     image, masks, labels = render_phantom(5, 1, 1, 32)
     assert (ds[5] == image).all() and (ds.mask(5) == masks).all() and ds.labels[5] == labels
     assert ds.digest != data.open_data("phantom", 32, seed=6, count=10).digest
+    films = [data.open_data("phantom", 32, seed=seed, count=1) for seed in (6, 7)]
+    assert films[0].labels == films[1].labels and films[0].keys == films[1].keys
+    assert films[0].digest != films[1].digest, "other pictures of the same names"
     monkeypatch.setattr(data, "write_shard", lambda *_: 1 / 0)
     assert len(data.open_data("phantom", 32, seed=5, count=10)) == 10
 
