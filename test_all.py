@@ -3550,7 +3550,7 @@ def test_sets_with_unknown_patients_say_so_and_images_have_a_name_each(random_ru
 
 
 def test_checkpoints_are_those_that_were_there_when_the_run_was_opened(foreign_run):
-    """Each rank looked for itself, and later: a training that goes on, or best.json, split them."""
+    """Each rank looked for itself, later: a training that goes on, or best.json, split them."""
     run, _, command = foreign_run
     m = evaluate.open_labelled(evaluate.Fid(run_dir=str(run), data=str(command[4])))
     place = dinodiff.checkpoint_folder(run, 30)
@@ -3605,7 +3605,8 @@ def test_segment_counts_images_without_masks_and_keeps_m_of_each_model(random_ru
     data.save_tensors(tmp_path / "empty.safetensors", {"context": torch.zeros(3, 32)})
     settings = evaluate.Segment(
         run_dir=str(random_run / "run"), data=str(tmp_path / "lungs"), timesteps=(300,), last=2,
-        thresholds=(0.5,), candidates="segments", refine=True, init=str(random_run / "run/checkpoints/step-0000010/unet"),
+        thresholds=(0.5,), candidates="segments", refine=True,
+        init=str(random_run / "run/checkpoints/step-0000010/unet"),
         context=str(tmp_path / "empty.safetensors"), init_grids=(4,), out=str(tmp_path / "out"))
     evaluate.segment(settings)
     assert "1 of 6 images have no lung mask" in (tmp_path / "out/segment.md").read_text()
