@@ -31,15 +31,16 @@ from data import UserError
 
 
 class Aggregator:
-    """What `aggregate` does, without keeping the maps: the UNet's `maps=`, then `result()`.
+    """What `aggregate` does, without keeping the maps: the UNet's `maps=`, then `results()`.
 
     TRAP: eight heads at 64 x 64 are 537 MB a layer: each map is averaged over its heads as it
     arrives and added to its resolution's sum, 67 MB for 512 px.
     """
 
-    def __init__(self, skip: int = 0):
-        self.skip = skip  # so many maps are left out at first
-        self.sums = {}  # side -> (B, side², side²)
+    def __init__(self, skips=(0,)):
+        self.skips = skips  # a result for each number of first maps to leave out
+        self.seen = 0
+        self.sums = [{} for _ in skips]  # side -> (B, side², side²)
 
     def append(self, probabilities: Tensor) -> None:
         """probabilities (B, heads, hw, hw), each row a distribution over the hw = side² pixels."""
@@ -47,22 +48,28 @@ class Aggregator:
         if probabilities.shape[2:] != (side**2, side**2):
             raise UserError(f"found maps {tuple(probabilities.shape)}, expected (B, heads, side², "
                             "side²): give the network square images")
-        self.skip -= 1
-        if self.skip < 0:
-            dtype = torch.promote_types(probabilities.dtype, torch.float32)
-            mean = probabilities.detach().mean(1, dtype=dtype)  # (B, hw, hw)
-            self.sums[side] = mean + self.sums.get(side, 0)
+        dtype = torch.promote_types(probabilities.dtype, torch.float32)
+        mean = probabilities.detach().mean(1, dtype=dtype)  # (B, hw, hw)
+        for skip, sums in zip(self.skips, self.sums):
+            if self.seen >= skip:
+                sums[side] = mean + sums.get(side, 0)
+        self.seen += 1
 
-    def result(self) -> Tensor:
-        """A (B, S*S, S*S), S the largest side: A[b, i] is where pixel i of image b attends."""
-        S = max(self.sums)
-        A = 0
-        for side, total in sorted(self.sums.items()):
-            wide = F.interpolate(total.unflatten(2, (side, side)), size=(S, S), mode="bilinear")
-            row = torch.arange(S, device=total.device) * side // S  # the row that each of S repeats
-            wide = wide.flatten(2)[:, (row[:, None] * side + row).flatten()]  # (B, S², S²)
-            A = A + wide * (side / sum(self.sums) / wide.sum(2, keepdim=True))  # weight: the side
-        return A
+    def results(self) -> list[Tensor]:
+        """A (B, S*S, S*S) each, S the largest side: A[b, i] is where pixel i of image b attends."""
+        return [combine(sums) for sums in self.sums]
+
+
+def combine(sums: dict[int, Tensor]) -> Tensor:
+    """Sums of maps, {side: (B, side², side²)} -> A (B, S*S, S*S)."""
+    S = max(sums)
+    A = 0
+    for side, total in sorted(sums.items()):
+        wide = F.interpolate(total.unflatten(2, (side, side)), size=(S, S), mode="bilinear")
+        row = torch.arange(S, device=total.device) * side // S  # the row that each of S repeats
+        wide = wide.flatten(2)[:, (row[:, None] * side + row).flatten()]  # (B, S², S²)
+        A = A + wide * (side / sum(sums) / wide.sum(2, keepdim=True))  # weight: the side
+    return A
 
 
 def aggregate(maps: list[Tensor]) -> Tensor:
@@ -74,7 +81,7 @@ def aggregate(maps: list[Tensor]) -> Tensor:
     total = Aggregator()
     for probabilities in maps:
         total.append(probabilities)
-    return total.result()
+    return total.results()[0]
 
 
 # ---- Iterative attention merging (Tian 2023, 3.2.2) ----------------------------------------------
@@ -171,14 +178,6 @@ def label(masks: Tensor, size: int) -> Tensor:
 # ---- Image -> attention -> segments (paper 2.4) --------------------------------------------------
 
 
-class Several(list):
-    """Aggregators that take the maps of one UNet pass."""
-
-    def append(self, probabilities: Tensor) -> None:
-        for total in self:
-            total.append(probabilities)
-
-
 def attention(run, images: Tensor, c: Tensor, t: int = 300, last: int = 0) -> Tensor:
     """images uint8 (B, size, size), tokens c (B, S, N), timestep t -> A (B, S*S, S*S).
 
@@ -191,12 +190,14 @@ def attention(run, images: Tensor, c: Tensor, t: int = 300, last: int = 0) -> Te
 @torch.no_grad()
 def attentions(run, images: Tensor, c: Tensor, t: int, lasts: list[int]) -> list[Tensor]:
     """The same for each number of last maps, from one UNet pass on clean latents."""
-    from dinodiff import encode_latents  # here: everything above runs without a run
+    from dinodiff import autocast, encode_latents  # here: everything above runs without a run
     z0 = encode_latents(run, images)  # (B, 4, h, w), of unit variance
     count = sum(name.endswith("attn1") for name, _ in run.unet.named_modules())
-    totals = Several(Aggregator(max(count - last, 0) if last else 0) for last in lasts)
-    run.unet(z0, torch.full((len(z0),), t, device=z0.device), c.to(z0), maps=totals)
-    return [total.result() for total in totals]
+    total = Aggregator([max(count - last, 0) if last else 0 for last in lasts])
+    # TRAP: on CUDA a run of bf16 has weights in bfloat16, which float32 latents do not fit.
+    with autocast(run.device, run.config["dtype"]):
+        run.unet(z0, torch.full((len(z0),), t, device=z0.device), c.to(z0), maps=total)
+    return total.results()
 
 
 def segment(A: Tensor, size: int, grid=16, threshold=0.0, is_refined=False) -> Tensor:

@@ -61,6 +61,7 @@ class Common:
     run_dir: str = ""  # run folder; empty: the newest one
     step: str = ""  # checkpoint: a number, newest, or empty: best.json's, or else the newest
     data: str = ""  # images to measure on; empty: unseen phantoms, for a run trained on phantoms
+    labels: str = ""  # CSV of the data's labels; empty: the one beside the data
     train_data: str = ""  # the generator's training images; empty: those its config.json names
     seed: int = 0  # of all random numbers
     device: str = "auto"  # auto | cpu | cuda
@@ -72,19 +73,24 @@ class Common:
 class Labelled(Common):
     """Settings of the commands that need labelled images in two parts."""
 
-    labels: str = ""  # CSV of labels; empty: the one beside the data
     findings: tuple[str, ...] = ()  # these alone; empty: all that are not rarer than --prevalence
     prevalence: float = 0.04  # smallest share of images that have a finding (paper: 4 %)
     held_out: float = 0.375  # share of the images, by patient, to test on; MIMIC-CXR: p19
     steps: int = 50  # DDIM steps of a synthetic image
     micro_batch: int = 32  # images of one rank in one pass
-    protocol: str = "auto"  # features: xrv-224 | local | dino; auto: the first available
-    xrv: str = XRV  # torchxrayvision's DenseNet: hub id, folder, .safetensors or the public .pt
     as_paper: bool = False  # let a leak between the parts pass, and mark the results
 
 
 @dataclass(frozen=True)
-class Fid(Labelled):
+class Featured(Labelled):
+    """Settings of the commands that compare images by the features of a network."""
+
+    protocol: str = "auto"  # features: xrv-224 | local | dino; auto: the first available
+    xrv: str = XRV  # torchxrayvision's DenseNet: hub id, folder, .safetensors or the public .pt
+
+
+@dataclass(frozen=True)
+class Fid(Featured):
     checkpoints: str = "one"  # one: that of --step | all: the curve of Figure 3, and best.json
     count: int = 5000  # real test images, each reconstructed once (paper: 5000)
 
@@ -128,7 +134,7 @@ class Segment(Common):
 
 
 @dataclass(frozen=True)
-class Audit(Labelled):
+class Audit(Featured):
     count: int = 256  # synthetic images of each kind
     train_images: int = 20000  # training images that are searched, evenly spaced
     finding: str = ""  # Figure 8 from images with this label alone, such as "Support Devices"
@@ -141,6 +147,32 @@ TINY = {
     Classify: Classify(sizes=(50, 100), ratios=(1, 5), epochs=24, batch=32, lr=1e-2, patience=12,
                        early_stop=16, size=64, net=(8, (2, 2, 2), 16), **FEW),
     Segment: Segment(count=32, coarse=12), Audit: Audit(count=64, **FEW)}
+
+
+ALLOWED = {"checkpoints": ("one", "all"), "candidates": ("parts", "segments"),
+           "strategies": ("reconstruct", "interpolate"), "timesteps": range(1000),
+           "protocol": ("auto", "xrv-224", "local", "dino")}
+# The smallest values of other numbers, where they are not 1.
+LEAST = {"seed": 0, "prevalence": 0, "held_out": 0, "count": 0, "folds": 2, "batch": 2, "lr": 0,
+         "weight_decay": 0, "patience": 0, "size": 32, "workers": 0,
+         "thresholds": 1e-6, "last": 0}
+
+
+def check_settings(s) -> None:
+    """UserError where one of a command's settings is out of range, or a list has a value twice."""
+    for name, value in vars(s).items():
+        values = value if type(value) is tuple else (value,)
+        least = LEAST.get(name, 1)
+        expected = ALLOWED.get(name, f"numbers from {least}")
+        is_odd = len(set(values)) < len(values)
+        for v in values:
+            if name in ALLOWED:
+                is_odd |= v not in expected
+            elif type(v) in (int, float):
+                is_odd |= not v >= least
+        if is_odd:
+            raise UserError(f"found --{name.replace('_', '-')} {' '.join(map(str, values))}, "
+                            f"expected {expected}, none twice")
 
 
 def defaults_for(kind, argv):
@@ -185,12 +217,12 @@ def on_all_ranks(rows, batch, compute, desc=""):
     return np.concatenate(found) if found else np.empty(0)
 
 
-def cached(folder, name, key, compute):
-    """What compute() returns (JSON), kept in FOLDER/cache under the digest of all it depends on.
+def cached(m, name, depends_on, compute):
+    """What compute() returns (JSON), kept in m.out/cache under the digest of all it depends on.
 
     All ranks call it, and compute, together.
     """
-    path = Path(folder, "cache", f"{name}-{key}.json")
+    path = m.out / "cache" / f"{name}-{m.key(*depends_on)}.json"
     found = on_rank_0(lambda: data.read_json(path) if path.is_file() else {})
     if "value" not in found:
         found = {"value": compute()}
@@ -223,6 +255,7 @@ class Measurement:
     """A run opened for measuring, and the images that it is measured on."""
 
     run: dinodiff.Run
+    checkpoints: list  # steps of the run's checkpoints, as rank 0 found them
     out: Path
     notes: list  # what a reader of the results must know
     train: data.XRays | None  # what the generator was trained on, where it is in reach
@@ -231,6 +264,7 @@ class Measurement:
     test: np.ndarray = None  # indices held out, of other patients; or those with masks
     names: list = ()  # findings; or the set of each image with masks
     targets: np.ndarray = None  # float32 (len(ds), findings)
+    patients: np.ndarray = None  # of each image; one of its own where the patient is unknown
 
     def key(self, *values) -> str:
         """A digest of these images, their patients and labels, and `values`."""
@@ -253,18 +287,31 @@ def open_run(folder, step, device):
     return run
 
 
-def open_measurement(s, phantom_seed, count, labels=None) -> Measurement:
+def choose_step(s) -> tuple[Path, list[int], int | str]:
+    """-> run folder, steps of its checkpoints, and the one of --step; best: that of best.json."""
+    folder = Path(s.run_dir or dinodiff.newest_run())
+    steps = dinodiff.checkpoint_steps(folder)
+    step = s.step or ("best" if (folder / "best.json").is_file() else "newest")
+    if step == "newest":
+        step = max(steps, default=step)
+    elif step == "best":
+        step = dinodiff.best_step(folder) or step
+    return folder, steps, step
+
+
+def open_measurement(s, phantom_seed, count) -> Measurement:
     """The run at --step, its training images, and the images to measure on.
 
     phantom_seed, count: of unseen phantoms, where there is no --data. A run folder may be a
     stranger's: what it says is data.
     """
+    check_settings(s)
     dinodiff.start_ranks(dinodiff.pick_device(s.device))
-    folder = Path(s.run_dir or dinodiff.newest_run())
-    step = s.step or ("best" if (folder / "best.json").is_file() else "newest")
-    run = open_run(folder, None if step == "newest" else step, s.device)
+    # For all ranks: another rank may look before a checkpoint or best.json is written, or after.
+    folder, steps, step = on_rank_0(functools.partial(choose_step, s))
+    run = open_run(folder, step, s.device)
     notes = []
-    if step == "best":
+    if s.step in ("", "best") and (folder / "best.json").is_file():
         notes.append("The step is that of the best FID (best.json); if that was measured on these "
                      "images, they chose it.")
     trained_on = s.train_data or str(run.config["data"])
@@ -284,26 +331,31 @@ def open_measurement(s, phantom_seed, count, labels=None) -> Measurement:
                         "with --data (for labels see --labels)")
     spec = s.data or "phantom"
     ds = data.open_data(spec, run.size, run.config["seed"] + phantom_seed,
-                        count if spec == "phantom" else None, labels)
-    return Measurement(run, Path(s.out or folder / "eval"), notes, train, ds)
+                        count if spec == "phantom" else None, s.labels or None)
+    return Measurement(run, steps, Path(s.out or folder / "eval"), notes, train, ds)
 
 
 def open_labelled(s) -> Measurement:
     """Run, images, split, findings; UserError where training and test share patients or files."""
-    m = open_measurement(s, 1, 1024, s.labels or None)
+    m = open_measurement(s, 1, 1024)
     patients = list(m.ds.patients)
+    known = [patient for patient in patients if patient]
+    m.patients = np.array([who or f"image {i}" for i, who in enumerate(patients)])
     m.pool, m.test = data.split_by_patient(patients, s.held_out, s.seed)
-    if all(re.fullmatch(r"p?1\d{7}", patient) for patient in patients):  # MIMIC-CXR: as the paper
+    if known and all(re.fullmatch(r"p?1\d{7}", patient) for patient in known):  # MIMIC-CXR
         is_test = np.array([data.is_mimic_test(patient) for patient in patients])
         m.pool, m.test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
         m.notes.append(f"MIMIC-CXR's own parts: {len(m.test):,} images of p19 test, the other "
                        f"{len(m.pool):,} may train a classifier.")
-    if not any(patients):
-        m.notes.append("No patient is known for these images: they are split by image, so a "
-                       "patient may be on both sides.")
-    if min(len(m.pool), len(m.test)) < 2:
-        raise UserError(f"{m.ds.name}: {len(m.ds)} images leave {len(m.pool)} to train and "
-                        f"{len(m.test)} to test, expected more of several patients; see --held-out")
+    if len(known) < len(patients):
+        m.notes.append(f"The patient of {len(patients) - len(known):,} of {len(patients):,} images "
+                       "is unknown: each counts as one of its own, who may be on both sides.")
+    for part, rows in (("train", m.pool), ("test", m.test)):
+        check_patients(m, rows, f"to {part} (see --held-out)")
+    [(key, times)] = Counter(m.ds.keys).most_common(1)
+    if times > 1:  # seeds and synthetic images go by it
+        raise UserError(f"{m.ds.name}: found {times} images of the name {key}, expected a name for "
+                        "each: measure such sets apart, or prepare them under other names")
     counts = Counter(itertools.chain(*m.ds.labels))
     common = [name for name in data.label_names(m.ds.labels)
               if counts[name] >= s.prevalence * len(m.ds) and name not in data.NO_DIAGNOSES]
@@ -321,6 +373,14 @@ def open_labelled(s) -> Measurement:
     check_leak(s, m, "the generator was trained on images or patients of the test part",
                seen_in_training(m))
     return m
+
+
+def check_patients(m, rows, purpose) -> None:
+    """UserError below three patients: errors come from leaving out one of them."""
+    found = len(set(m.patients[rows]))
+    if found < 3:
+        raise UserError(f"{m.ds.name}: {len(m.ds)} images leave {len(rows)} of {found} patients "
+                        f"{purpose}, expected 3 patients or more")
 
 
 def seen_in_training(m) -> list[str]:
@@ -633,8 +693,6 @@ def open_features(m, s):
     is_strict = str(m.run.config["preset"]).startswith("paper") or s.xrv != XRV
     names = [s.protocol] if s.protocol != "auto" else list(kinds)[:1 if is_strict else 3]
     failed = []
-    if not set(names) <= set(kinds):
-        raise UserError(f"found --protocol {s.protocol}, expected auto or {', '.join(kinds)}")
     for name in names:
         try:
             embed, net = kinds[name](m, s)
@@ -673,7 +731,9 @@ def local_features(m, s):
     def train_once():
         with data.locked(place):
             if not (place / "model.safetensors").is_file():
-                fit(recipe, train, val, s.seed, m.run.device)[0].save_pretrained(place)
+                net, _ = fit(recipe, train, val, s.seed, m.run.device)
+                with data.whole(place) as partial:
+                    net.save_pretrained(partial)
 
     on_rank_0(train_once)
     net = DenseNet(len(m.names), 1, *recipe.net)
@@ -832,8 +892,6 @@ def distances(real, fake, groups) -> dict:
 @torch.no_grad()
 def fid(s: Fid) -> None:
     """Reconstruct each real test image once, compare the sets; two floors; Figure 3, best.json."""
-    if s.checkpoints not in ("one", "all"):
-        raise UserError(f"found --checkpoints {s.checkpoints}, expected one or all")
     if s.checkpoints == "all":  # the same rows whether or not best.json has been written
         s = dataclasses.replace(s, step=s.step or "newest")
     m = open_labelled(s)
@@ -841,32 +899,32 @@ def fid(s: Fid) -> None:
     test, others = [rows[np.argsort(data.hash64(s.seed, 3, rows))][:s.count]
                     for rows in (m.test, m.pool)]
     others = others[:len(test)]
-    base = {"run": m.run.folder.name, "images": len(test),
-            "protocol": f"{name}, {len(test)} images of {m.ds.name}, {m.run.size} px"}
+    for rows in (test, others):
+        check_patients(m, rows, "to compare (see --count)")
+    base = {"run": m.run.folder.name,
+            "protocol": f"{name}, {len(test)} images of {m.ds.name}, {m.run.size} px, {s.steps} "
+                        "DDIM steps"}
     key = [weights_digest(net), test.tolist(), others.tolist()]
 
     def features(rows, pictures):
         return on_all_ranks(rows, s.micro_batch, lambda some: embed(pictures(some)), "features")
 
-    # An image whose patient is unknown is a patient of its own.
-    patients = np.array([who or f"image {i}" for i, who in enumerate(m.ds.patients)])
-
     def row(kind, step, rows, pictures, *depends_on):
-        groups = patients[test] if rows is test else (patients[test], patients[rows])
+        groups = m.patients[test] if rows is test else (m.patients[test], m.patients[rows])
 
         def compute():
             real, fake = features(test, m.ds.read), features(rows, pictures)
             return on_rank_0(lambda: distances(real, fake, groups))  # the algebra once
 
-        return base | {"kind": kind, "step": step} | cached(
-            m.out, "fid", m.key(key, kind, *depends_on), compute)
+        return base | {"kind": kind, "step": step, "images": len(rows)} | cached(
+            m, "fid", [key, kind, *depends_on], compute)
 
     def round_trip(rows):
         return dinodiff.decode_latents(m.run, dinodiff.encode_latents(m.run, m.ds.read(rows)))
 
     rows = [row("real against real", m.run.step, others, m.ds.read),
             row("VAE round trip", m.run.step, test, round_trip, weights_digest(m.run.vae))]
-    for step in m.run.checkpoints if s.checkpoints == "all" else [m.run.step]:
+    for step in m.checkpoints if s.checkpoints == "all" else [m.run.step]:
         run = m.run if step == m.run.step else open_run(m.run.folder, step, s.device)
         work = functools.partial(reconstruct, m.ds, s, run)
         rows.append(row("reconstruction", step, test, work, name_of(run), s.steps, s.seed))
@@ -888,7 +946,7 @@ def fid_section(rows, out, k=0) -> list[str]:
     """Table and Figure 3 of FID rows of one run or several."""
     title = f"FID ({rows[0]['protocol']})"
     lines = [f"## {title} and checkpoints (2.4, Figure 3)", "", *table(rows, {
-        "run": "{run}", "step": "{step:,}", "images": "{kind}",
+        "run": "{run}", "step": "{step:,}", "images": "{images:,}, {kind}",
         "FID ± SE": "{fid:.3f} ± {fid_error:.3f}",
         "KID x 1000 ± SE": "{kid:.2f} ± {kid_error:.2f}", "precision": "{precision:.3f}",
         "recall": "{recall:.3f}", "density": "{density:.3f}", "coverage": "{coverage:.3f}"}),
@@ -905,7 +963,8 @@ def fid_section(rows, out, k=0) -> list[str]:
 # ---- Training a classifier (paper 2.5) ---------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=10_000)  # an image is decoded once, where there is room
+# On a CPU an image is decoded once, where there is room; reading processes do it each epoch.
+@functools.lru_cache(maxsize=10_000)
 def picture(ds, row, size):
     return torch.from_numpy(data.resize(ds[row], size))
 
@@ -931,10 +990,29 @@ def real_pictures(m, rows, size) -> Pictures:
 
 
 def label_aucs(targets, scores) -> np.ndarray:
-    """Area under the ROC curve of each label, (n, L) each -> (L,); NaN where all have one class."""
+    """Area under the ROC curve of each label, (n, L) each -> (L,).
+
+    NaN where all have one class, or a score is not finite.
+    """
     from sklearn.metrics import roc_auc_score
-    return np.array([roc_auc_score(y > 0.5, score) if len(np.unique(y)) > 1 else math.nan
-                     for y, score in zip(np.asarray(targets).T, np.asarray(scores).T)])
+    aucs = np.full(targets.shape[1], math.nan)
+    for k, (y, score) in enumerate(zip(np.asarray(targets).T, np.asarray(scores).T)):
+        if len(np.unique(y)) > 1 and np.isfinite(score).all():
+            aucs[k] = roc_auc_score(y > 0.5, score)
+    return aucs
+
+
+fit_shared_memory = functools.cache(data.fit_shared_memory)  # which says it once
+
+
+def batches(pictures, places, device) -> DataLoader:
+    """Batches of pictures[place] for each array of places; for a GPU processes read them."""
+    workers = 0
+    if device.type == "cuda":
+        size = sum(part.nbytes for part in pictures[0])
+        workers = fit_shared_memory(min(len(places), 8), size * len(places[0]))
+    return DataLoader(pictures, batch_sampler=[place.tolist() for place in places],
+                      num_workers=workers)
 
 
 @torch.no_grad()
@@ -942,10 +1020,16 @@ def macro_auc(net, pictures, size, device) -> float:
     """Mean AUC of the labels that have both classes among these pictures, or NaN."""
     net.eval()
     found = [(net(to_pixels(images, size, 1.0, device)).float().cpu(), targets)
-             for images, targets in DataLoader(pictures, 256)]
+             for images, targets in batches(pictures, chunks(np.arange(len(pictures)), 256),
+                                            device)]
     logits, targets = map(torch.cat, zip(*found))
     aucs = label_aucs(targets, logits)
-    return float(aucs[np.isfinite(aucs)].mean()) if np.isfinite(aucs).any() else math.nan
+    aucs = aucs[np.isfinite(aucs)]
+    return float(aucs.mean()) if len(aucs) else math.nan
+
+
+class Untrainable(UserError):
+    """A training set from which nothing can be learned; no trouble with reading it."""
 
 
 @torch.enable_grad()  # whatever the caller does
@@ -953,10 +1037,11 @@ def fit(s: Classify, train, val, seed, device):
     """The paper's recipe: AdamW, lr / 10 on a plateau of the validation AUC, early stopping.
 
     train, val: sequences of (uint8 (S, S), float32 (L,)). -> the best epoch's net, its history.
+    Raises Untrainable.
     """
     if min(len(train), len(val)) < 2:
-        raise UserError(f"{len(train)} images to train on and {len(val)} to validate on, expected "
-                        "at least 2 of each; take more images, of more patients")
+        raise Untrainable(f"{len(train)} images to train on and {len(val)} to validate on, "
+                          "expected at least 2 of each; take more images, of more patients")
     torch.manual_seed(seed)
     net = DenseNet(len(val[0][1]), 1, *s.net).to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
@@ -969,8 +1054,7 @@ def fit(s: Classify, train, val, seed, device):
     for epoch in range(s.epochs):
         net.train()
         order = np.random.default_rng((seed, epoch)).permutation(len(train))
-        loader = DataLoader(train, batch_sampler=[order[place].tolist() for place in places],
-                            num_workers=8 if device.type == "cuda" else 0)
+        loader = batches(train, [order[place] for place in places], device)
         for place, (images, targets) in zip(places, loader):
             # Each showing has a number of its own, so each is augmented otherwise.
             x = data.augment(images.to(device), epoch * len(train) + place, 0, seed)
@@ -988,9 +1072,9 @@ def fit(s: Classify, train, val, seed, device):
         elif epoch + 1 - best["best_epoch"] >= s.early_stop:
             break
     if best["val"] < 0:
-        raise UserError("the validation AUC was never a number: if each finding is in all or in "
-                        f"none of the {len(val)} validation images (one class only), take more "
-                        f"images or fewer folds; else lower --lr (now {s.lr:g})")
+        raise Untrainable("the validation AUC was never a number: if each finding is in all or in "
+                          f"none of the {len(val)} validation images (one class only), take more "
+                          f"images or fewer folds; else lower --lr (now {s.lr:g})")
     net.load_state_dict(kept)
     return net.eval(), best | {"epochs": epoch + 1, "train": len(train)}
 
@@ -1083,9 +1167,6 @@ def synthesise(m, s, subset, made, folder) -> None:
 
 def classify(s: Classify) -> None:
     """Table 1 and Figure 4: real, augmented and synthetic training sets, and label fidelity."""
-    if not set(s.strategies) <= {"reconstruct", "interpolate"} or min(s.ratios) < 1 or s.folds < 2:
-        raise UserError(f"found --strategies {s.strategies} --ratios {s.ratios} --folds {s.folds}, "
-                        "expected reconstruct and interpolate, ratios from 1 and folds from 2")
     m = open_labelled(s)
     s = dataclasses.replace(s, size=min(s.size, m.run.size))
     labels = [tuple(itertools.compress(m.names, row)) for row in m.targets]
@@ -1115,7 +1196,10 @@ def classify(s: Classify) -> None:
              for k, n, kind in itertools.product(range(s.folds), picks, kinds)]
     jobs = [plan_fold(m, s, cell, subset, folds, made, folder.name) for cell in cells]
     results = on_all_ranks(jobs, len(jobs), functools.partial(train_all, s, m))
-    protocol = f"{s.size} px, {', '.join(m.names)}, {len(m.test)} test images of {m.ds.name}"
+    recipe = m.key(m.pool.tolist(), m.test.tolist(), [getattr(s, name) for name in RECIPE])
+    protocol = (f"{', '.join(m.names)}, {len(m.test)} test images of {m.ds.name}, {m.run.size} px; "
+                f"{s.folds} folds, {s.epochs} epochs at {s.size} px, lr {s.lr:g}, {s.steps} DDIM "
+                f"steps, recipe {recipe[:6]}")
     base = {"run": m.run.folder.name, "step": m.run.step, "protocol": protocol}
     finish(m, "classify", [base | cell | result for cell, result in zip(cells, results)])
 
@@ -1123,14 +1207,14 @@ def classify(s: Classify) -> None:
 RECIPE = "epochs batch lr weight_decay patience early_stop size net folds seed".split()
 
 
-def plan_fold(m, s, cell, subset, folds, made, generator) -> functools.partial:
-    """The training of one fold of a cell of Table 1; its result is kept by what it depends on."""
+def plan_fold(m, s, cell, subset, folds, made, generator) -> tuple:
+    """What train_fold takes for a cell of Table 1; the result is kept by what it depends on."""
     n, k, ratio = cell["N"], cell["fold"], cell["ratio"]
     real = real_pictures(m, subset[:n], s.size)
     rows = np.setdiff1d(np.arange(n), folds[n][k])
     parts = {"train": Subset(real, rows), "val": Subset(real, folds[n][k]),
              "test": real_pictures(m, m.test, s.size)}
-    depends_on = [m.names, m.pool.tolist(), m.test.tolist(), cell,
+    depends_on = [m.names, subset[:n].tolist(), m.test.tolist(), cell,
                   [getattr(s, name) for name in RECIPE]]
     if ratio:  # the first images inside, so 1:50 contains 1:10
         pairs = made[cell["strategy"], n]
@@ -1143,8 +1227,7 @@ def plan_fold(m, s, cell, subset, folds, made, generator) -> functools.partial:
             parts |= fidelity_sets(strategy, made[strategy, n], folds[n][k])
         depends_on += [generator, s.strategies, max(s.ratios)]
     path = m.out / "cache" / f"fold-{m.key(*depends_on)}.json"
-    return functools.partial(train_fold, s, parts, seed_of(s.seed, n, k) % 2**31, m.run.device,
-                             path)
+    return s, parts, seed_of(s.seed, n, k) % 2**31, m.run.device, path
 
 
 def fidelity_sets(strategy, pairs, val) -> dict[str, Subset]:
@@ -1158,23 +1241,19 @@ def fidelity_sets(strategy, pairs, val) -> dict[str, Subset]:
 
 
 def train_fold(s, parts, seed, device, path) -> dict:
-    """Train and score, once -> history and AUCs, or {"error": message}."""
+    """Train and score, once -> history and AUCs, or {"error": why nothing can be learned}."""
     if path.is_file():
         return data.read_json(path)
     try:
         net, found = fit(s, parts.pop("train"), parts.pop("val"), seed, device)
-        for name, part in parts.items():
-            auc = macro_auc(net, part, s.size, device)
-            if math.isfinite(auc):  # NaN is no JSON
-                found[name] = auc
-    except UserError as error:
-        found = {"error": str(error)}
+    except Untrainable as error:
+        return {"error": str(error)}
+    for name, part in parts.items():
+        auc = macro_auc(net, part, s.size, device)
+        if math.isfinite(auc):  # NaN is no JSON
+            found[name] = auc
     data.write_json(path, found)
     return found
-
-
-def call(job):
-    return job()
 
 
 def train_all(s, m, jobs) -> list[dict]:
@@ -1182,8 +1261,8 @@ def train_all(s, m, jobs) -> list[dict]:
     is_cpu = m.run.device.type == "cpu"
     count = s.workers or (data.cores() // ranks()[1] if is_cpu else 1)
     # TRAP: not by fork: a forked child would wait for the parent's threads.
-    return data.run_jobs(call, [(job,) for job in jobs], "training classifiers", max(count, 1),
-                         " trainings", "spawn")
+    return data.run_jobs(train_fold, jobs, "training classifiers", max(count, 1), " trainings",
+                         "spawn")
 
 
 def paired_tests(scores, baseline, test_share) -> tuple[float, float]:
@@ -1258,8 +1337,8 @@ def classify_section(rows, out, k=0) -> list[str]:
         for name, value in row.items():
             if not row["ratio"] and (name == "test" or name.startswith("fidelity")):
                 scores[name, f"{row['run']}, N = {row['N']}"].append(value)
-    found = [{"images": name, "column": column, "auc": np.nanmean(aucs), "sd": np.nanstd(aucs)}
-             for (name, column), aucs in scores.items()]
+    found = [{"images": name, "column": column, "auc": np.mean(aucs), "sd": np.std(aucs, ddof=1)}
+             for (name, column), aucs in scores.items() if len(aucs) > 1]
     return lines + ["Label fidelity: AUC of classifiers trained on real images alone, on the test "
                     "images and on synthetic images of sources that they have not seen.\n",
                     *pivot(found, "{images}", "{column}", "{auc:.3f} ± {sd:.3f}")]
@@ -1272,17 +1351,12 @@ OWN_TAU = (0.3, 0.4, 0.5, 0.6)  # CHOICE: taus of an image without a mask, in me
 
 def otsu(values) -> int:
     """uint8 -> t, for which the classes <= t and > t have the largest variance [Otsu 1979]."""
-    grey = np.arange(256)
     counts = np.bincount(values.ravel(), minlength=256)
-
-    def variance(t):
-        low, high = counts[:t + 1], counts[t + 1:]
-        if not low.any() or not high.any():
-            return 0
-        means = np.average(grey[:t + 1], weights=low), np.average(grey[t + 1:], weights=high)
-        return low.sum() * high.sum() * (means[0] - means[1]) ** 2
-
-    return max(range(256), key=variance)
+    low = counts.cumsum(dtype=float)  # pixels of the lower class
+    total = (counts * np.arange(256)).cumsum(dtype=float)  # the sum of their values
+    high = low[-1] - low
+    spread = (total * low[-1] - low * total[-1]) ** 2 / (low * high).clip(1)
+    return int(spread.argmax())
 
 
 def otsu_lungs(image) -> np.ndarray:
@@ -1318,13 +1392,14 @@ def candidates(labels, with_parts=True) -> np.ndarray:
     what has less than 1 % of the picture is no lung.
     """
     pool = []
-    for k in np.unique(labels):
+    names, areas = np.unique(labels, return_counts=True)
+    for k in names[100 * areas > labels.size]:
         parts, count = ndimage.label(labels == k)
         pool.append(labels == k)
         if with_parts and count > 1:
-            pool += [parts == p for p in range(1, count + 1)]
-    pool = np.stack(pool).reshape(-1, labels.size).astype(np.float32)
-    return pool[pool.mean(1) > 0.01]
+            areas = np.bincount(parts.ravel())[1:]
+            pool += [parts == p + 1 for p in np.flatnonzero(100 * areas > labels.size)]
+    return np.array(pool, np.float32).reshape(-1, labels.size)
 
 
 def select(pool, target) -> tuple[np.ndarray, float]:
@@ -1374,8 +1449,8 @@ def open_lungs(s: Segment) -> Measurement:
         raise UserError(f"{m.ds.name} has no lung masks; expected a set prepared with them")
     seen = seen_in_training(m)
     if seen:
-        m.notes.append(f"The generator was trained on {len(seen)} of these images and their "
-                       "patients, masks unused.")
+        m.notes.append(f"The generator was trained on {len(seen)} of these images and patients, "
+                       "masks unused.")
     return m
 
 
@@ -1423,8 +1498,9 @@ def score_image(s, A, M, image, truth) -> list[dict]:
     """
     first = diffseg.divergence(A[diffseg.anchors(math.isqrt(len(A)), M).to(A.device)], A)
     expected = expected_lungs(image)
+    median = first.median().item()
     found = []
-    for tau in (*s.thresholds, *(share * first.median().item() for share in OWN_TAU)):
+    for tau in (*s.thresholds, *(max(share * median, 1e-6) for share in OWN_TAU)):
         masks = diffseg.merge(A, M, tau, first=first)
         masks = diffseg.refine(A, masks) if s.refine else masks
         pool = candidates(diffseg.label(masks, len(image)).cpu().numpy(), s.candidates == "parts")
@@ -1463,7 +1539,7 @@ def measure(m, s, name, step, timesteps, ids) -> list[dict]:
     rows = []
     for t in timesteps:
         score = functools.partial(score_images, m, s, run, c, grids, t)
-        found = cached(m.out, "segment", m.key(depends_on, t), lambda: on_all_ranks(
+        found = cached(m, "segment", [depends_on, t], lambda: on_all_ranks(
             ids, batch, score, f"{name}, step {step}, t {t}").tolist())
         rows += [row | {"step": step, "t": t} for row in found]
     return rows
@@ -1472,15 +1548,16 @@ def measure(m, s, name, step, timesteps, ids) -> list[dict]:
 SETTING = ("step", "t", "maps", "M", "tau")
 
 
-def summarise_dice(m, rows, model, stage) -> list[dict]:
+def summarise_dice(m, s, rows, model, stage) -> list[dict]:
     """Rows of images -> a row a set, selection and setting: mean, SD, median, quartiles in %."""
     sets = dict(zip(m.test.tolist(), m.names))
     groups = defaultdict(list)
     for row, by in itertools.product(rows, ("oracle", "rule")):
         for name in (sets[row["key"]], "combined"):
             groups[name, by, *map(row.get, SETTING)].append(100 * row[by])
+    how = f", {s.candidates} alone" * (s.candidates != "parts") + ", k-means" * s.refine
     base = {"run": m.run.folder.name, "model": model, "stage": stage, "is_headline": False,
-            "protocol": f"{len(m.test)} images of {m.ds.name}, {m.run.size} px"}
+            "protocol": f"{len(m.test)} images of {m.ds.name}, {m.run.size} px{how}"}
     found = []
     for group, dice in sorted(groups.items(), key=lambda item: item[0][0] == "combined"):
         low, median, high = np.percentile(dice, (25, 50, 75)).tolist()
@@ -1496,32 +1573,43 @@ def best_of(rows, maps="all maps") -> dict:
     return max(found, key=lambda row: row["dice"] * (row["tau"] is not None))
 
 
-def segment(s: Segment) -> None:
-    """Table 2, Figures 5 and 9-12: a coarse sweep over checkpoints, then a full one on the best.
-
-    Each network is searched alike. The headlines: the oracle's best setting, as in the paper, and
-    the rule at a setting fixed beforehand: --step, t nearest 300, the first M, the image's own tau.
-    """
-    if not all(0 <= t < 1000 for t in s.timesteps) or s.checkpoints not in ("one", "all"):
-        raise UserError(f"found --timesteps {s.timesteps} --checkpoints {s.checkpoints}, expected "
-                        "numbers from 0 to 999, and one or all")
-    m = open_lungs(s)
-    base = min(s.timesteps, key=lambda t: abs(t - 300))
+def coarse_sweep(m, s, t) -> tuple[list[dict], list[int]]:
+    """-> rows of --coarse images of each set at every checkpoint, and the two best of these."""
     names = np.array(m.names)
     few = np.concatenate([subsample(m.test[names == name], s.coarse)
                           for name in dict.fromkeys(m.names)])
-    rows = floor_rows(m)
+    steps = m.checkpoints if s.checkpoints == "all" else [m.run.step]
+    rows = []
+    for step in steps:
+        rows += summarise_dice(m, s, measure(m, s, OWN, step, [t], few), OWN, "coarse")
+    ranked = sorted(steps, key=lambda step: -best_of(matching(rows, {"step": step}))["dice"])
+    return rows, ranked[:2]
+
+
+def segment(s: Segment) -> None:
+    """Table 2, Figures 5 and 9-12: a coarse sweep over checkpoints, then a full one on the best.
+
+    The headlines: the oracle's best setting, as in the paper, and the rule at a setting fixed
+    beforehand: --step, t nearest 300, the first M, the image's own tau.
+    """
+    m = open_lungs(s)
+    own_vae = m.run.config["vae"]
+    if s.init == "sd15" and own_vae != f"{dinodiff.SD15}:vae":
+        m.notes.append("sd15 was made for the latents of its own VAE; this run's VAE is "
+                       f"{own_vae[:80] or 'trained here'}.")
+    base = min(s.timesteps, key=lambda t: abs(t - 300))
+    rows = floor_rows(m, s)
     for name in [s.init] * bool(s.init) + [UNTRAINED, OWN]:  # what may not open comes first
-        fixed = m.run.step if name == OWN else 0
-        steps = m.run.checkpoints if name == OWN and s.checkpoints == "all" else [fixed]
-        coarse = []
-        for step in steps:
-            coarse += summarise_dice(m, measure(m, s, name, step, [base], few), name, "coarse")
-        ranked = sorted(steps, key=lambda step: -best_of(matching(coarse, {"step": step}))["dice"])
+        fixed = 0
+        steps = [0]
+        if name == OWN:
+            fixed = m.run.step
+            coarse, steps = coarse_sweep(m, s, base)
+            rows += coarse
         images = []
-        for step in dict.fromkeys([*ranked[:2], fixed]):
+        for step in dict.fromkeys([*steps, fixed]):
             images += measure(m, s, name, step, s.timesteps, m.test)
-        full = summarise_dice(m, images, name, "full")
+        full = summarise_dice(m, s, images, name, "full")
         first_grid = (s.init_grids if name == s.init else s.grids)[0]
         for maps in dict.fromkeys(row["maps"] for row in full):
             best = best_of(full, maps)
@@ -1529,18 +1617,18 @@ def segment(s: Segment) -> None:
             rule = dict(zip(("by", *SETTING), ("rule", fixed, base, maps, first_grid, None)))
             for row in [*matching(full, oracle), *matching(full, rule)]:
                 row["is_headline"] = True
-        rows += [*coarse, *full]
+        rows += full
     gallery(m, s, best_of(full), images)
     finish(m, "segment", rows)
 
 
-def floor_rows(m) -> list[dict]:
+def floor_rows(m, s) -> list[dict]:
     """What needs no network: Otsu's dark regions."""
     rows = []
     for i in m.test.tolist():
         dice = dice_score(otsu_lungs(m.ds[i]), m.ds.mask(i).any(0))
         rows.append({"key": i, "oracle": dice, "rule": dice})
-    found = summarise_dice(m, rows, OTSU, "full")
+    found = summarise_dice(m, s, rows, OTSU, "full")
     return [row | {"is_headline": True} for row in matching(found, {"by": "rule"})]
 
 
@@ -1548,8 +1636,8 @@ def floor_rows(m) -> list[dict]:
 def gallery(m, s, best, rows) -> None:
     """Figures 5 and 9: the best and worst images of each set at the oracle's best setting."""
     run, c = open_model(m, s, OWN, best["step"])
-    found = matching(rows, {key: best[key] for key in SETTING})
-    dice = {row["key"]: row["oracle"] for row in found}
+    setting = {key: best[key] for key in SETTING}
+    dice = {row["key"]: row["oracle"] for row in matching(rows, setting)}
     cells = []
     titles = []
     for name in dict.fromkeys(m.names):
@@ -1602,9 +1690,9 @@ def segment_section(rows, out, k=0) -> list[str]:
 COPY = 0.995  # correlation of thumbnails from which two images are called copies
 
 
-def thumbnails(images, side=32) -> Tensor:
-    """uint8 (B, S, S) -> (B, side^2), mean 0, length 1: the product of two is their correlation."""
-    x = F.interpolate(images[:, None].float(), (side, side), mode="bilinear", antialias=True)
+def thumbnails(images) -> Tensor:
+    """uint8 (B, S, S) -> (B, 32^2), mean 0, length 1: the product of two is their correlation."""
+    x = F.interpolate(images[:, None].float(), (32, 32), mode="bilinear", antialias=True)
     x = x.flatten(1)
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
@@ -1651,6 +1739,7 @@ def audit(s: Audit) -> None:
     trained = subsample(np.arange(len(m.train)), s.train_images)
     unseen = subsample(m.test, 4 * s.count)
     shown = subsample(unseen, s.count)
+    check_patients(m, shown, "to reconstruct (see --count)")
     if not any(s.finding in ("", *m.ds.labels[i]) for i in shown):
         raise UserError(f"no unseen image has the finding {s.finding!r} (--finding)")
     kinds = {"training images": (m.train, subsample(trained, s.count)),
@@ -1682,9 +1771,14 @@ def audit(s: Audit) -> None:
         save_sheet(m.out / "audit.png", cells, len(near), titles)
         save_sheet(m.out / "figure8.png", torch.cat(failures), len(worst),
                    ["real", *[f"variant {k}" for k in range(4)]])
-    pool = subsample(m.pool, s.train_images)
-    copied = {"the generator's training images": copies(m, unseen, m.train, trained),
-              "the classifier's training part": copies(m, unseen, m.ds, pool)}
+    searched = {"the generator's training images": (m.train, trained, len(m.train)),
+                "the classifier's training part": (m.ds, subsample(m.pool, s.train_images),
+                                                   len(m.pool))}
+    copied = {}
+    for among, (ds, others, total) in searched.items():
+        if ds.seed == m.ds.seed:  # of the phantoms of two seeds two in a million look alike
+            copied[f"{among} ({len(others):,} of {total:,} compared with {len(unseen):,} of "
+                   f"{len(m.test):,} test images)"] = copies(m, unseen, ds, others)
     rows += [{"among": among, "copies": names} for among, names in copied.items()]
     base = {"run": m.run.folder.name, "step": m.run.step}
     try:
@@ -1701,8 +1795,6 @@ def save_sheet(path, images, columns, titles) -> None:
 
 def copies(m, ids, ds, others) -> list[str]:
     """Test images whose thumbnails are those of ds[others], each with what it is a copy of."""
-    if ds.seed != m.ds.seed:  # phantoms of two seeds, of which two in a million look alike
-        return []
     distance, index = torch.cdist(vectors(thumbnails, m.ds.read, ids),
                                   vectors(thumbnails, ds.read, others)).min(1)
     hits = np.flatnonzero(1 - distance**2 / 2 >= COPY)  # |a - b|² = 2 - 2 a·b
@@ -1743,7 +1835,7 @@ PICTURES = {  # of one run alone, with their titles
 
 
 @dataclass(frozen=True)
-class Everything(Labelled):
+class Everything(Featured):
     steps: int = 0  # DDIM steps of a synthetic image; 0: each command's own
     micro_batch: int = 0  # images of one rank in one pass; 0: each command's own
     lungs: str = ""  # images with lung masks; empty: --data
@@ -1770,18 +1862,18 @@ def evaluate_all(s: Everything) -> None:
         changed = {key: given[key] for key in given if hasattr(settings, key)}
         changed["run_dir"] = folder
         if name == "segment" and s.lungs:
-            changed["data"] = s.lungs
+            changed |= {"data": s.lungs, "labels": ""}
         try:
             function(dataclasses.replace(settings, **changed))
         except UserError as error:
             if ranks()[1] > 1:
                 raise UserError(f"{name}: {error}; the other commands go by their names") from None
-            note(failed, f"{name} was left out: {error}")
+            note(failed, f"{name} ended: {error}")
     if len(failed) == len(COMMANDS):
         raise UserError("nothing could be measured: " + "; ".join(failed))
     if ranks()[0] == 0:
         out = Path(s.out or Path(folder, "eval"))
-        write_report([out], out, failed)
+        write_report({out: Path(folder)}, out, failed)
 
 
 def report(s: Report) -> None:
@@ -1791,18 +1883,18 @@ def report(s: Report) -> None:
         raise UserError(f"found the run folders {', '.join(map(str, folders))}, expected a name "
                         "for each: tables and figures go by it")
     usual = folders[0] / "eval" if len(folders) == 1 else folders[0].parent / "report"
-    write_report([folder / "eval" for folder in folders], Path(s.out or usual))
+    write_report({folder / "eval": folder for folder in folders}, Path(s.out or usual))
 
 
-def write_report(places: list[Path], out: Path, notes=()) -> None:
+def write_report(places: dict[Path, Path], out: Path, notes=()) -> None:
     """report.md in `out`: each section over all runs, then what belongs to one run alone.
 
-    places: the folder of results of each run. UserError where one of them has none.
+    places: {folder of results: folder of the run}. UserError where one of them has no results.
     """
     found = {name: [read_rows(place / f"{name}.json") for place in places] for name in COMMANDS}
     for k, place in enumerate(places):
         if not any(rows[k] for rows in found.values()):
-            raise UserError(f"{place.parent}: no results in {place}, expected those of python "
+            raise UserError(f"{places[place]}: no results in {place}, expected those of python "
                             f"evaluate.py {' | '.join(COMMANDS)}")
     lines = ["# Evaluation", "", "No medical device; nothing here is validated for clinical use.\n",
              *[f"> {note}\n" for note in notes]]
@@ -1816,10 +1908,10 @@ def write_report(places: list[Path], out: Path, notes=()) -> None:
     lines += fid_against_dice(joined["fid"], joined["segment"], out)
     for page in sorted(Path(__file__).parent.glob("docs/paper_table*.md")):
         lines.append(page.read_text("utf-8"))
-    for place in places:
-        for path in sorted(place.parent.glob("samples/*.png"))[-1:]:
+    for folder in places.values():
+        for path in sorted(folder.glob("samples/*.png"))[-1:]:
             where = os.path.relpath(path, out)
-            lines.append(f"![Samples of {place.parent.name}, {path.stem}]({where})\n")
+            lines.append(f"![Samples of {folder.name}, {path.stem}]({where})\n")
     data.write_file(out / "report.md", "\n".join(lines) + "\n")
     print(f"-> {out / 'report.md'}")
 
@@ -1859,7 +1951,8 @@ def fid_against_dice(fids, segments, out) -> list[str]:
     for row in matching(segments, {"model": OWN, "by": "oracle", "maps": "all maps",
                                    "set": "combined", "stage": "coarse"}):
         key = row["run"], row["step"]  # the coarse sweep is the same for all checkpoints
-        dice[key] = max(dice[key], row["dice"])
+        if row["tau"] is not None:  # as in best_of
+            dice[key] = max(dice[key], row["dice"])
     found = []
     for row in matching(fids, {"kind": "reconstruction"}):
         if (row["run"], row["step"]) in dice:

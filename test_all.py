@@ -35,6 +35,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import warnings
 import zipfile
 import zlib
@@ -512,10 +513,11 @@ def test_diffseg_aggregate_gives_distributions_of_any_batch_and_keeps_its_input(
     assert A.dtype == torch.promote_types(dtype, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(maps, kept))
     assert far(diffseg.aggregate([m[1:2] for m in maps])[0], A[1]) < 1e-6
-    skipping = diffseg.Aggregator(skip=1)
+    both = diffseg.Aggregator([0, 1])
     for m in maps:
-        skipping.append(m)
-    torch.testing.assert_close(skipping.result(), diffseg.aggregate(maps[1:]))
+        both.append(m)
+    for skip, found in enumerate(both.results()):
+        torch.testing.assert_close(found, diffseg.aggregate(maps[skip:]))
 
 
 def test_diffseg_label_gives_ties_to_the_first():
@@ -529,7 +531,7 @@ def test_diffseg_label_gives_ties_to_the_first():
 def test_diffseg_refuses_what_it_cannot_merge():
     """A message for a person, not a NaN mask or an index error."""
     A = torch.full((16, 16), 1 / 16)
-    for grid, threshold in ((0, 0.1), (4, 0.0), (4, math.nan), (4, [0.1, 0.2])):
+    for grid, threshold in ((0, 0.1), (4, 0.0), (4, math.nan)):
         with pytest.raises(UserError):
             diffseg.merge(A, grid, threshold)
     with pytest.raises(UserError, match="square"):
@@ -568,6 +570,18 @@ def test_diffseg_attention_takes_scaled_latents_and_the_last_maps(nets_run):
     one, two = diffseg.attentions(run, images, c, 300, [0, 2])
     torch.testing.assert_close(one, diffseg.aggregate(maps))
     torch.testing.assert_close(two, diffseg.aggregate(maps[-2:]))
+
+
+def test_diffseg_of_bf16_weights_is_near_that_of_float32(nets_run):
+    """On CUDA the UNet's weights are bfloat16: called outside autocast it stopped every run."""
+    run, images, c = nets_run
+    exact = diffseg.attention(run, images, c)
+    run.config["dtype"] = "bf16"
+    for net in (run.unet, run.vae):
+        dinodiff.cast_products(net)
+    found = diffseg.attention(run, images, c)
+    assert found.dtype == torch.float32 and far(found, exact) < 0.05 * exact.max()
+    diffseg.segment(found[0], 32)
 
 
 def test_diffseg_command_writes_every_picture_under_its_own_name(nets_run, monkeypatch):
@@ -3286,6 +3300,8 @@ def test_auc_equals_the_share_of_ordered_pairs():
         p, n = scores[targets[:, label], label][:, None], scores[~targets[:, label], label]
         assert abs(found[label] - ((p > n) + (p == n) / 2).mean()) < 1e-12
     assert np.isnan(found[2])
+    scores[0, 0] = np.nan  # a training that diverged: sklearn raised, a traceback
+    assert np.isnan(evaluate.label_aucs(targets, scores)).tolist() == [True, False, True]
 
 
 def test_paired_tests_equal_scipy_and_a_worked_example():
@@ -3331,6 +3347,36 @@ def test_classifier_learns_stops_early_and_keeps_the_best_epoch(monkeypatch):
         evaluate.fit(recipe, pictures[:64], one_class, 0, CPU)
 
 
+class Damaged(list):
+    """Pictures of which none can be read."""
+
+    def __getitem__(self, i):
+        raise UserError("image damaged")
+
+
+def test_a_fold_that_cannot_be_read_ends_the_command_and_no_refusal_is_kept(tmp_path, monkeypatch):
+    """'image damaged' stood in the cache of the fold for ever; readers without shared memory."""
+    pictures = toy_pictures(12)
+    recipe = evaluate.Classify(epochs=1, batch=6, size=32, net=(4, (1, 1), 8))
+    path = tmp_path / "fold.json"
+    parts = {"train": pictures[:1], "val": pictures[6:]}
+    assert "at least 2" in evaluate.train_fold(recipe, parts, 0, CPU, path)["error"]
+    assert not path.exists()
+    for part in ("train", "val", "test"):
+        parts = dict(train=pictures[:6], val=pictures[6:], test=pictures) | {part: Damaged([0] * 6)}
+        with pytest.raises(UserError, match="image damaged"):
+            evaluate.train_fold(recipe, parts, 0, CPU, path)
+        assert not path.exists()
+    places = np.array_split(np.arange(12), 2)
+    evaluate.fit_shared_memory.cache_clear()
+    monkeypatch.setattr(data, "free_shared_memory", lambda: 10**9)
+    assert evaluate.batches(pictures, places, torch.device("cuda")).num_workers == 2
+    evaluate.fit_shared_memory.cache_clear()
+    monkeypatch.setattr(data, "free_shared_memory", lambda: 1000)
+    assert evaluate.batches(pictures, places, torch.device("cuda")).num_workers == 0
+    assert evaluate.batches(pictures, places, CPU).num_workers == 0
+
+
 def fold_rows(run, gains):
     """Rows of three folds: real only, and cells `gain` above it."""
     rows = [{"run": run, "step": 5, "protocol": "p", "N": 50, "experiment": "real", "ratio": 0,
@@ -3350,6 +3396,21 @@ def test_table_1_of_two_runs_has_one_baseline_stars_and_the_best_cell_bold(tmp_p
     assert re.search(r"v1 reconstruct 1:5 \| \*\*0\.791 ± 0\.0\d\d\*\* \*", text)
     assert re.search(r"v1 reconstruct 1:1 \| 0\.761", text)
     assert re.search(r"v2 reconstruct 1:1 \| \*\*0\.731", text)
+    assert "| test | 0.710 ± 0.010 |" in text, "fidelity with another SD than Table 1"
+
+
+def test_fid_against_dice_takes_one_tau_for_all_images(tmp_path, monkeypatch):
+    """Rows in which each image has its own tau counted as the oracle's best."""
+    shown = []
+    monkeypatch.setattr(evaluate, "chart", lambda path, rows, *how: shown.extend(rows))
+    fids = [{"run": "a", "step": step, "kind": "reconstruction", "fid": 3.0, "protocol": "p"}
+            for step in (1, 2)]
+    row = {"run": "a", "model": evaluate.OWN, "by": "oracle", "maps": "all maps",
+           "set": "combined", "stage": "coarse"}
+    dice = [row | {"step": step, "tau": tau, "dice": dice} for step in (1, 2)
+            for tau, dice in ((0.1, 50.0), (0.2, 60.0), (None, 90.0))]
+    evaluate.fid_against_dice(fids, dice, tmp_path)
+    assert [one["dice"] for one in shown] == [60.0, 60.0]
 
 
 def test_otsu_maximises_the_variance_between_classes():
@@ -3387,6 +3448,31 @@ def test_selection_takes_one_candidate_a_lung_and_suppresses_the_rest():
     assert pick(np.zeros((32, 32), int))[1] == pytest.approx(0.4), "the whole picture"
     labels[26:, 13:19] = 1
     assert pick(labels)[1] == 1 and pick(labels, False)[1] < 0.95
+
+
+def test_candidates_are_of_one_percent_and_speckles_take_no_memory():
+    """Each of thousands of speckles was a picture in float32: gigabytes a thread at 512 px."""
+    speckles = (data.uniforms(1, np.arange(128**2))[:, 0] < 0.3).astype(int).reshape(128, 128)
+    speckles[:64] = 2
+    speckles[:8, :20] = 3  # 160 of 16,384 pixels: no candidate
+    tracemalloc.start()
+    pool = evaluate.candidates(speckles)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert pool.dtype == np.float32 and peak < 5 * 2**20
+    parts = [ndimage.label(speckles == k) for k in range(4)]
+    masks = [mask for k, (part, count) in enumerate(parts)
+             for mask in [speckles == k, *[part == p + 1 for p in range(count * (count > 1))]]]
+    assert np.array_equal(pool, [mask.ravel() for mask in masks if mask.mean() > 0.01])
+    assert evaluate.candidates(np.arange(1024).reshape(32, 32)).shape == (0, 1024)
+
+
+def test_a_uniform_attention_map_is_scored():
+    """Its median divergence is 0, which merging refused: one image ended the measurement."""
+    A = torch.full((64, 64), 1 / 64)
+    image = np.full((32, 32), 90, np.uint8)
+    rows = evaluate.score_image(evaluate.Segment(), A, 4, image, LUNGS)
+    assert rows[-1]["tau"] is None and 0 < rows[-1]["oracle"] < 1
 
 
 def test_the_rule_finds_lungs_without_a_mask():
@@ -3494,7 +3580,7 @@ def on_ranks(name, root, out, *flags):
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("fid", ["--data", "test", "--count", 15, "--checkpoints", "all", *FAST]),
+    ("fid", ["--data", "test", "--count", 15, "--held-out", 0.8, "--checkpoints", "all", *FAST]),
     ("audit", ["--data", "test", "--count", 10, *FAST]),
     ("segment", ["--data", "lungs", "--timesteps", 100, 300, "--thresholds", 0.05, 0.5])])
 def test_fid_audit_and_segment_are_the_same_on_one_rank_and_two(random_run, name, flags):
@@ -3510,7 +3596,12 @@ def test_fid_audit_and_segment_are_the_same_on_one_rank_and_two(random_run, name
         curve = {row["step"]: row["fid"] for row in found[1] if row["kind"] == "reconstruction"}
         assert best["fid"] == curve[best["step"]] == min(curve.values()) and set(curve) == {10, 20}
         assert (random_run / "fid1/figure3-0.png").is_file()
-        assert "DiNOv1" not in (random_run / "fid1/fid.md").read_text()
+        text = (random_run / "fid1/fid.md").read_text()
+        assert "DiNOv1" not in text and "32 px, 2 DDIM steps)" in text
+        assert "| 12, real against real |" in text, "the pool has fewer images than the test part"
+    if name == "audit":
+        text = (random_run / "audit1/audit.md").read_text()
+        assert "training images (12 of 12 compared with 22 of 22 test images)" in text
 
 
 def test_classify_shares_what_sizes_ratios_and_ranks_share_and_goes_on(random_run):
@@ -3537,6 +3628,7 @@ def test_classify_shares_what_sizes_ratios_and_ranks_share_and_goes_on(random_ru
         assert row["train"] == real[row["N"], row["fold"]] * share[row["experiment"]]
     text = (out / "classify.md").read_text()
     assert "reconstruct 1:2" in text and "fidelity: interpolate" in text
+    assert "3 folds, 1 epochs at 32 px, lr 0.01, 2 DDIM steps, recipe " in text
     # Any image can be made again alone, from the JSON beside it.
     run = dinodiff.load_run(random_run / "run", 20)
     source = data.open_data(str(random_run / "test"), 32)
@@ -3566,10 +3658,53 @@ def test_results_are_kept_for_the_images_labels_and_weights_they_are_of(random_r
     assert before != evaluate.name_of(run)
 
 
+def labelled_set(place, names, patients):
+    """A folder of two shards with X-rays of these names and patients, labels A and B."""
+    samples = [Sample(name, render_phantom(9, k, 0, 32)[0], patient, "x", ("A", "B")[k % 2:])
+               for k, (name, patient) in enumerate(zip(names, patients))]
+    for k, some in enumerate((samples[:8], samples[8:])):
+        write_shard(place / f"{k}.tar", some)
+    return str(place)
+
+
+def test_sets_with_unknown_patients_say_so_and_images_have_a_name_each(random_run, tmp_path):
+    """One unknown patient, and MIMIC-CXR was split at random; images of one name shared a seed."""
+    names = [f"image{i}" for i in range(16)]
+    people = [f"{'p10' if i < 9 else 'p19'}00{i // 2:04d}" for i in range(15)] + [""]
+    settings = evaluate.Fid(run_dir=str(random_run / "run"), step="20", as_paper=True,
+                            data=labelled_set(tmp_path / "mimic", names, people))
+    m = evaluate.open_labelled(settings)
+    assert m.test.tolist() == [*range(9, 15)] and any("1 of 16 images" in text for text in m.notes)
+    assert len(m.checkpoints) == 2
+    cell = {"N": 4, "fold": 0, "ratio": 0, "experiment": "real", "strategy": "only"}
+    folds = {4: np.array_split(np.arange(4), 2), 6: None}
+    jobs = [evaluate.plan_fold(m, evaluate.Classify(), cell, subset, folds, {}, "")
+            for subset in (np.arange(8), np.arange(8) + 1, np.r_[:4, 8, 9, 10, 11])]
+    assert jobs[0][-1] != jobs[1][-1], "another subset of this N, the same cached result"
+    assert jobs[0][-1] == jobs[2][-1]
+    names[9] = names[2]
+    settings = dataclasses.replace(settings, data=labelled_set(tmp_path / "twice", names, people))
+    with pytest.raises(UserError, match="2 images of the name image2"):
+        evaluate.open_labelled(settings)
+
+
+def test_checkpoints_are_those_that_were_there_when_the_run_was_opened(foreign_run):
+    """Each rank looked for itself, later: a training that goes on, or best.json, split them."""
+    run, _, command = foreign_run
+    m = evaluate.open_labelled(evaluate.Fid(run_dir=str(run), data=str(command[4])))
+    place = dinodiff.checkpoint_folder(run, 30)
+    shutil.copytree(dinodiff.checkpoint_folder(run, 20), place)
+    assert m.checkpoints == [10, 20] and m.run.step == 20
+    data.write_json(run / "best.json", {"step": 10})
+    settings = evaluate.Fid(run_dir=str(run))
+    assert evaluate.choose_step(settings) == (run, [10, 20, 30], 10)
+    assert evaluate.choose_step(dataclasses.replace(settings, step="newest"))[2] == 30
+
+
 def test_leaks_are_refused_by_name_or_marked(random_run):
     """A test set of the generator's own training patients, measured without a word."""
     leak = ["fid", "--run-dir", random_run / "run", "--data", random_run / "train", *FAST, "--out",
-            random_run / "leak"]
+            random_run / "leak", "--held-out", 0.5]
     message = fails(*leak)
     assert all(words in message for words in ("found a leak", "image train", "--as-paper"))
     run_evaluate(*leak, "--as-paper")
@@ -3589,6 +3724,17 @@ def test_audit_finds_copies(random_run, tmp_path):
     assert "= train" in (tmp_path / "out/audit.md").read_text()
     run_evaluate(*command, "--as-paper")
     assert "MARKED" in (tmp_path / "out/audit.md").read_text()
+    # All four: labels go to segment too, the samples are the run's, the audit is tabled.
+    data.save_png(random_run / "run/samples/step.png", np.zeros((8, 8), np.uint8))
+    os.rename(tmp_path / "set.csv", tmp_path / "labels.csv")
+    prepared = data.cache_folder() / "prepared"
+    before = set(prepared.iterdir())
+    run_evaluate(*command[1:11], "--labels", tmp_path / "labels.csv", "--out", tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    assert "audit ended: found a leak" in text and "## Audit" in text
+    where = os.path.relpath(random_run / "run/samples/step.png", tmp_path / "out")
+    assert f"![Samples of run, step]({where})" in text
+    assert len({path for path in prepared.iterdir() if path.is_dir()} - before) == 1
 
 
 def test_segment_counts_images_without_masks_and_keeps_m_of_each_model(random_run, tmp_path):
@@ -3598,7 +3744,8 @@ def test_segment_counts_images_without_masks_and_keeps_m_of_each_model(random_ru
     data.save_tensors(tmp_path / "empty.safetensors", {"context": torch.zeros(3, 32)})
     settings = evaluate.Segment(
         run_dir=str(random_run / "run"), data=str(tmp_path / "lungs"), timesteps=(300,), last=2,
-        thresholds=(0.5,), init=str(random_run / "run/checkpoints/step-0000010/unet"),
+        thresholds=(0.5,), candidates="segments", refine=True,
+        init=str(random_run / "run/checkpoints/step-0000010/unet"),
         context=str(tmp_path / "empty.safetensors"), init_grids=(4,), out=str(tmp_path / "out"))
     evaluate.segment(settings)
     assert "1 of 6 images have no lung mask" in (tmp_path / "out/segment.md").read_text()
@@ -3608,6 +3755,8 @@ def test_segment_counts_images_without_masks_and_keeps_m_of_each_model(random_ru
              and row["is_headline"] and row["by"] == "rule" and row["tau"] is None}
     assert fixed == {("all maps", 300, 16), ("last 2 maps", 300, 16)}
     assert (tmp_path / "out/figure5-9.png").is_file()
+    assert {row["protocol"][-29:] for row in rows} == {"32 px, segments alone, k-means"[-29:]}
+    assert {row["model"] for row in rows if row["stage"] == "coarse"} == {evaluate.OWN}
 
 
 @pytest.fixture
@@ -3651,7 +3800,7 @@ def test_report_of_several_runs_shares_tables_and_separates_what_does_not_compar
         place = tmp_path / run / "eval"
         base = dict.fromkeys(measured, 1.0) | {"run": run, "protocol": protocol}
         data.write_json(place / "fid.json", [
-            base | {"kind": kind, "fid": fid, "step": step} for kind, fid, step in (
+            base | {"kind": kind, "fid": fid, "step": step, "images": 9} for kind, fid, step in (
                 ("real against real", 0.5, 5), ("reconstruction", 4.0, 5),
                 ("reconstruction", 3.0, 9))])
         data.write_json(place / "classify.json", fold_rows(run, {1: 0.02}))
@@ -3681,11 +3830,23 @@ def test_report_of_several_runs_shares_tables_and_separates_what_does_not_compar
     (["fid", "--run-dir", "nowhere"], "no run folder"),
     (["classify", "--run-dir", "RUN"], "--data"),
     (["fid", "--run-dir", "RUN", "--data", "TEST", "--step", "7"], "no checkpoint"),
-    (["fid", "--run-dir", "RUN", "--data", "TEST", "--protocol", "inception"], "expected auto"),
+    (["fid", "--run-dir", "RUN", "--data", "TEST", "--protocol", "inception"], "'auto'"),
     (["fid", "--run-dir", "RUN", "--data", "TEST", "--xrv", "nothing.pt"], "nothing.pt"),
     (["fid", "--run-dir", "RUN", "--data", "TEST", "--findings", "Z"], "findings"),
     (["classify", "--run-dir", "RUN", "--data", "TEST", "--sizes", "5000"], "no balanced subset"),
     (["classify", "--run-dir", "RUN", "--data", "TEST", "--strategies", "mix"], "reconstruct"),
+    (["classify", "--run-dir", "RUN", "--data", "TEST", "--ratios", "1", "0"], "numbers from 1"),
+    (["fid", "--run-dir", "RUN", "--data", "TEST", "--held-out", "0.02"], "3 patients or more"),
+    (["fid", "--run-dir", "RUN", "--data", "TEST", "--count", "2"], "see --count"),
+    (["audit", "--run-dir", "RUN", "--data", "TEST", "--count", "1"], "see --count"),
+    (["audit", "--run-dir", "RUN", "--data", "TEST", "--steps", "0"], "found --steps 0"),
+    (["audit", "--run-dir", "RUN", "--data", "TEST", "--micro-batch", "-1"], "--micro-batch -1"),
+    (["segment", "--run-dir", "RUN", "--data", "TEST", "--last", "-1"], "numbers from 0"),
+    (["segment", "--run-dir", "RUN", "--data", "TEST", "--coarse", "0"], "numbers from 1"),
+    (["segment", "--run-dir", "RUN", "--data", "TEST", "--count", "-1"], "numbers from 0"),
+    (["segment", "--run-dir", "RUN", "--data", "TEST", "--timesteps", "1000"], "range(0, 1000)"),
+    (["segment", "--run-dir", "RUN", "--data", "TEST", "--candidates", "part"], "'parts'"),
+    (["segment", "--run-dir", "RUN", "--data", "TEST", "--thresholds", ".1", "0.10"], "twice"),
     (["segment", "--run-dir", "RUN", "--data", "TEST"], "no lung masks"),
     (["segment", "--run-dir", "RUN", "--data", "LUNGS", "--init", "UNET", "--context", "VAE"],
      "expected `context`"),
