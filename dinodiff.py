@@ -1062,18 +1062,23 @@ class Log:
     def __init__(self, s: Train, stage: str, steps: int, start: int = 0):
         self.patience = min(10, steps)
         self.skipped = 0  # steps in a row
+        self.mean = None  # of the loss, over some hundred steps
+        self.least = math.inf  # that it has been
+        self.is_told = os.environ.get("RANK", "0") == "0"  # what there is to tell
         path = os.devnull
-        if os.environ.get("RANK", "0") == "0":
+        if self.is_told:
             path = Path(s.run_dir, "log.jsonl")
             data.write_file(path, "".join(kept_lines(path, stage, start)))
         self.file = open(path, "a", buffering=1)
 
     def write(self, row: dict) -> None:
         """A step's numbers. `skipped` names images of a step whose loss or gradient was not finite;
-        after ten such steps in a row: UserError."""
+        after ten such steps in a row: UserError. A mean loss that rises threefold is told."""
         self.skipped = self.skipped + 1 if "skipped" in row else 0
         if self.skipped:
             row |= {"loss": str(row["loss"]), "grad_norm": str(row["grad_norm"])}
+        else:
+            self.watch(row)
         self.file.write(json.dumps(row) + "\n")
         if self.skipped == self.patience:
             raise UserError(
@@ -1082,6 +1087,19 @@ class Log:
                 f"{row['grad_norm']}); images of the last: {', '.join(row['skipped'])}. Give the "
                 "same command with a lower --lr: it goes on from the last checkpoint, which is "
                 "whole (the lr of vae and vit: `vae_settings`, `dino_settings`)")
+
+
+    def watch(self, row: dict) -> None:
+        """Tell of a training that has failed though all its numbers are finite."""
+        self.mean = row["loss"] if self.mean is None else 0.99 * self.mean + 0.01 * row["loss"]
+        self.least = min(self.least, self.mean)
+        if self.mean > 3 * self.least:
+            if self.is_told:
+                data.note(f"step {row['step']} of stage {row['stage']}: the mean loss has risen "
+                          f"from {self.least:.3g} to {self.mean:.3g}, which seldom mends itself: "
+                          "--lr may be too high. Train under another --run-dir with a lower one, "
+                          "from scratch or (--init) from a checkpoint's unet/ of before")
+            self.least = math.inf
 
 
 def kept_lines(path: Path, stage: str, start: int) -> list[str]:

@@ -1528,6 +1528,17 @@ def test_ten_steps_that_are_not_finite_stop_and_a_lower_rate_goes_on(workshop):
     assert dinodiff.checkpoint_steps("huge") == [3] and is_like_whole(workshop.train("huge"))
 
 
+def test_a_loss_that_rises_and_stays_finite_is_told(tmp_path, capsys):
+    """The loss at 1.0, that of a network which predicts nothing, for days and without a word."""
+    log = dinodiff.Log(SimpleNamespace(run_dir=tmp_path), "unet", 2000)
+    losses = [1.0] * 5 + [0.1, 0.02, 0.3] * 300
+    for step, loss in enumerate([*losses, *[1.0] * 100], 1):
+        log.write({"stage": "unet", "step": step, "loss": loss, "grad_norm": 0.1})
+        if step == len(losses):
+            assert not capsys.readouterr().err
+    assert capsys.readouterr().err.count("has risen from 0.1") == 1
+
+
 def test_a_grid_is_there_before_its_checkpoint_and_another_spelling_of_a_path_goes_on(
         workshop, monkeypatch):
     """Killed between a checkpoint and its picture, a run had no picture; ./x was another set than
