@@ -1519,7 +1519,9 @@ def open_remote(spec: str, size: int, count: int | None, cache_gb: float) -> XRa
         repository, revision, pattern = remote.hub
         with contextlib.suppress(UserError):
             folder, names = hub_files(repository, [pattern], revision, "dataset", is_cached=True)
-            cached = [folder / name for name in names]
+            # TRAP: the hub's * crosses /, and a pattern may match more than shards.
+            cached = [folder / name for name in names if name.endswith(".tar")
+                      and os.path.dirname(name) == os.path.dirname(pattern)]
     try:
         rows = remote.index()
     except UserError:

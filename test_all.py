@@ -2035,6 +2035,10 @@ def test_hub_snapshots_open_without_network_and_flag(tmp_path, monkeypatch):
             data.open_data(f"hf://datasets/me/{spec}/*.tar", 32)
     assert time.time() - begin < 20
     assert len(data_prepare("hf://datasets/me/xrays/sub/*.tar", tmp_path / "again")) == 23
+    beside = tmp_path / "hub" / "datasets--me--xrays" / "snapshots" / ("0" * 40) / "sub"
+    (beside / "README.md").write_text("no shard")
+    shutil.copytree(shards, beside / "old")
+    assert data.open_data("hf://datasets/me/xrays/sub/*", 32).keys == local.keys
 
 
 # ---- Pictures ----
