@@ -1940,9 +1940,9 @@ def test_data_a_killed_worker_is_one_message(monkeypatch):
     fork = data.get_context("fork")  # a worker by "spawn" imports torch first
     monkeypatch.setattr(data, "get_context", lambda start: fork)
     m = SimpleNamespace(run=SimpleNamespace(device=torch.device("cpu")))
-    jobs = [functools.partial(os._exit, 1)] * 2
+    monkeypatch.setattr(evaluate, "train_fold", os._exit)
     with pytest.raises(UserError, match="training classifiers: a worker process was killed"):
-        evaluate.train_all(SimpleNamespace(workers=2), m, jobs)
+        evaluate.train_all(SimpleNamespace(workers=2), m, [(1,), (2,)])
 
 
 @pytest.mark.parametrize("start", ["fork", "forkserver"])
