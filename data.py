@@ -318,7 +318,8 @@ def run_jobs(function, jobs: list[tuple], desc: str, workers: int | None = None,
     start: multiprocessing's start method; "spawn" where the parent computed with several threads.
     """
     if len(jobs) < 2 or workers == 1:
-        return [function(*job) for job in jobs]
+        bar = progress(jobs, desc, unit=unit) if len(jobs) > 1 else jobs
+        return [function(*job) for job in bar]
     workers = workers or cores()
     try:
         with ProcessPoolExecutor(workers, get_context(start), end_with) as pool:

@@ -208,7 +208,8 @@ def on_all_ranks(rows, batch, compute, desc=""):
     """compute(some rows) -> array (b, …): the ranks share the work, each gets all, in order."""
     rank, world = ranks()
     parts = chunks(rows, max(1, min(batch, -(-len(rows) // world))))
-    bar = data.progress(parts[rank::world], desc, unit=" batches")
+    own = parts[rank::world]
+    bar = data.progress(own, desc, unit=" batches") if desc else own  # else `compute` has a bar
     mine = [np.asarray(compute(part)) for part in bar]
     shares = [mine] * world
     if world > 1:
