@@ -86,7 +86,7 @@ ends = []
 for name in ("views", "killed"):
     folder = os.path.join(os.environ["OUT"], name)
     place = dinodiff.checkpoint_folder(folder, dinodiff.checkpoint_steps(folder)[-1])
-    ends.append(load_tensors(place / "unet" / "diffusion_pytorch_model.safetensors")[0])
+    ends.append(load_tensors(place / "unet" / "diffusion_pytorch_model.safetensors"))
 far = sum((ends[0][k] - ends[1][k]).double().square().sum() for k in ends[0]) ** 0.5
 size = sum(ends[0][k].double().square().sum() for k in ends[0]) ** 0.5
 print(f"relative difference of the UNet's weights: {float(far / size):.1e}")
