@@ -1046,7 +1046,7 @@ def test_adam8bit_follows_the_rule_in_float64():
 
 def test_adam8bit_needs_few_graphs_and_steps_alike_in_any_memory_format():
     """A graph for each shape of a weight: torch gives up after eight, and 680 tensors are updated
-    by operations one by one. Moments in another order than the weights and gradients they are of."""
+    by operations one by one. Moments in another order than their weights and gradients."""
     graphs = []
 
     def count(graph, examples):
