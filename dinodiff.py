@@ -1064,9 +1064,9 @@ class Log:
         self.skipped = 0  # steps in a row
         self.mean = None  # of the loss, over some hundred steps
         self.least = math.inf  # that it has been
-        self.is_told = os.environ.get("RANK", "0") == "0"  # what there is to tell
+        self.is_rank_0 = os.environ.get("RANK", "0") == "0"
         path = os.devnull
-        if self.is_told:
+        if self.is_rank_0:
             path = Path(s.run_dir, "log.jsonl")
             data.write_file(path, "".join(kept_lines(path, stage, start)))
         self.file = open(path, "a", buffering=1)
@@ -1094,7 +1094,7 @@ class Log:
         self.mean = row["loss"] if self.mean is None else 0.99 * self.mean + 0.01 * row["loss"]
         self.least = min(self.least, self.mean)
         if self.mean > 3 * self.least:
-            if self.is_told:
+            if self.is_rank_0:
                 data.note(f"step {row['step']} of stage {row['stage']}: the mean loss has risen "
                           f"from {self.least:.3g} to {self.mean:.3g}, which seldom mends itself: "
                           "--lr may be too high. Train under another --run-dir with a lower one, "

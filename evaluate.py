@@ -170,9 +170,13 @@ def check_settings(s) -> None:
                 is_odd |= v not in expected
             elif type(v) in (int, float):
                 is_odd |= not v >= least
+        if type(expected) is tuple:
+            expected = " or ".join(expected)
+        elif type(expected) is range:
+            expected = f"numbers from 0 to {max(expected)}"
         if is_odd:
             raise UserError(f"found --{name.replace('_', '-')} {' '.join(map(str, values))}, "
-                            f"expected {expected}, none twice")
+                            f"expected {expected}{', none twice' * (len(values) > 1)}")
 
 
 def defaults_for(kind, argv):
