@@ -1947,8 +1947,9 @@ def test_data_a_killed_worker_is_one_message(monkeypatch):
 @pytest.mark.parametrize("start", ["fork", "forkserver"])
 def test_workers_end_with_their_parent_by_any_start_method(tmp_path, start):
     """Would catch workers that outlive a kill, or end at once as a server started them."""
-    (tmp_path / "job.py").write_text("import time\n\ndef wait(k):\n    print(k, flush=True)\n"
-                                     "    time.sleep(600)\n")
+    (tmp_path / "job.py").write_text(
+        "import os, time\n\ndef wait(k):\n    os.write(1, b'%d\\n' % k)  # whole lines\n"
+        "    time.sleep(600)\n")
     code = f"import data, job; data.run_jobs(job.wait, [(1,), (2,)], '', 2, start={start!r})"
     killed = subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE,
                               env=os.environ | {"PYTHONPATH": f"{tmp_path}:{HERE}"})
