@@ -105,16 +105,19 @@ def normal_like(like: Tensor, generator: Generators) -> Tensor:
 
 @torch.no_grad()
 def ddim_sample(model: Callable[[Tensor, Tensor], Tensor], zT: Tensor, steps: int,
-                schedule: Schedule, eta: float = 0.0, generator: Generators = None) -> Tensor:
+                schedule: Schedule, eta: float = 0.0, generator: Generators = None,
+                last: float | None = None) -> Tensor:
     """DDIM [Song et al. 2021, eq.12]: zT ~ N(0, 1) (B, 4, h, w) -> z0. model(zt, t (B,)) -> eps.
 
     eta 0 is deterministic, 1 has DDPM's variance. A list of generators gives each row its noise.
     """
     zt = zT
+    stride = schedule.T // steps
+    # TRAP: the last step goes to ᾱ_0 = 0.99915, never to ᾱ = 1
+    last = last or float(schedule.alpha_bar[0])
     for t in schedule.timesteps(steps):
         a = float(schedule.alpha_bar[t])
-        # TRAP: the last step goes to ᾱ_0 = 0.99915, never to ᾱ = 1
-        a_prev = float(schedule.alpha_bar[max(t - schedule.T // steps, 0)])
+        a_prev = float(schedule.alpha_bar[t - stride]) if t >= stride else last
         eps = model(zt, torch.full((len(zt),), t, device=zt.device))
         z0 = (zt - (1 - a) ** 0.5 * eps) / a**0.5  # TRAP: not clipped; latents are no pixels
         sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5  # [DDIM eq.16]
@@ -124,22 +127,11 @@ def ddim_sample(model: Callable[[Tensor, Tensor], Tensor], zT: Tensor, steps: in
     return zt
 
 
-@torch.no_grad()
 def ddpm_sample(model: Callable[[Tensor, Tensor], Tensor], zT: Tensor, schedule: Schedule,
                 generator: Generators = None) -> Tensor:
-    """Ancestral sampling, all T steps [DDPM algorithm 2, variance β̃ of eq.7]: zT -> z0."""
-    zt = zT
-    for t in reversed(range(schedule.T)):
-        a = float(schedule.alpha_bar[t])
-        beta = float(schedule.beta[t])
-        a_prev = float(schedule.alpha_bar[t - 1]) if t > 0 else 1.0
-        eps = model(zt, torch.full((len(zt),), t, device=zt.device))
-        z0 = (zt - (1 - a) ** 0.5 * eps) / a**0.5
-        zt = (a_prev**0.5 * beta / (1 - a) * z0  # the posterior's mean [DDPM eq.7]
-              + (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a) * zt)
-        if t > 0:
-            zt = zt + (beta * (1 - a_prev) / (1 - a)) ** 0.5 * normal_like(zt, generator)
-    return zt
+    """Ancestral sampling [DDPM algorithm 2, variance β̃ of eq.7]: zT -> z0. It is DDIM at eta 1 in
+    all T steps [DDIM 4.1], but that its last step goes to z0 itself."""
+    return ddim_sample(model, zT, schedule.T, schedule, 1.0, generator, last=1.0)
 
 
 # ---- 8-bit Adam (paper 2.5; Dettmers et al. 2022) ----------------------------------------------
@@ -173,11 +165,6 @@ def quantize(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     return positions.to(torch.uint8), largest
 
 
-def dequantize(q: Tensor, largest: Tensor, code: Tensor, n: int) -> Tensor:
-    """The inverse of `quantize` -> (n,) float32."""
-    return (code[q.int()] * largest).flatten()[:n]
-
-
 def adam_(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Tensor) -> None:
     """One AdamW step in place, all (n,). rates: 1 - β1, 1 - β2, step size, eps, 1 - lr * decay."""
     m.copy_(m + (grad - m) * rates[0])
@@ -188,11 +175,11 @@ def adam_(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Tensor) -> None:
 def adam8bit_(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Tensor, m_max: Tensor,
               v_max: Tensor, signed: Tensor, unsigned: Tensor) -> None:
     """The same on moments of a byte; the step uses them before they are rounded again."""
-    wide_m = dequantize(m, m_max, signed, len(grad))
-    wide_v = dequantize(v, v_max, unsigned, len(grad))
-    adam_(p, grad, wide_m, wide_v, rates)
-    for code, wide, q, largest in ((signed, wide_m, m, m_max), (unsigned, wide_v, v, v_max)):
-        positions, maxima = quantize(wide, code)
+    moments = ((m, m_max, signed), (v, v_max, unsigned))
+    wide = [(code[q.int()] * largest).flatten()[:len(grad)] for q, largest, code in moments]
+    adam_(p, grad, *wide, rates)
+    for x, (q, largest, code) in zip(wide, moments):
+        positions, maxima = quantize(x, code)
         q.copy_(positions)
         largest.copy_(maxima)
 
