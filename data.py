@@ -414,6 +414,24 @@ def read_weights(source, subfolder: str | None = None, revision: str | None = No
     return config, state, preprocessor
 
 
+def build(net: type, fields: type, config: dict, state: dict[str, torch.Tensor], source, **fixed):
+    """net(fields(…)) of a public config.json with the weights of `state`, in float32.
+
+    fixed: settings of the file that change the network and have but one value here.
+    """
+    told = {name: value for name, value in config.items() if value is not None}
+    try:
+        for name, only in fixed.items():
+            if told.get(name, only) != only:
+                raise UserError(f"found {name} {told[name]!r}; only {only!r} is supported")
+        known = fields.__annotations__
+        with torch.device("meta"):
+            model = net(fields(**{k: v for k, v in told.items() if k in known}))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{source}: config.json: {error}; found {config!s:.999}") from None
+    return load_weights(model, state, source)
+
+
 def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], source) -> torch.nn.Module:
     """`load_state_dict(strict=True)` with a refusal that a person can act on; all in float32 after.
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError, load_weights, module_table, read_weights, write_weights
+from data import UserError, build, module_table, read_weights, write_weights
 
 CROSS = "CrossAttnDownBlock2D"  # a level with attention
 PLAIN = "DownBlock2D"  # a level without
@@ -72,15 +72,6 @@ class UNetConfig:
             raise UserError(f"a UNet has sizes of 1 to 16384, to each of block_out_channels a "
                             f"{CROSS} or {PLAIN}, up_block_types in mirror image, and each a "
                             f"multiple of norm_num_groups and of its number of heads; found {self}")
-
-    @classmethod
-    def from_dict(cls, config: dict) -> UNetConfig:
-        """A public config.json -> UNetConfig; UserError where these files cannot express it."""
-        for name, only in FIXED.items():
-            if config.get(name, only) != only:
-                raise UserError(f"found {name} {config[name]!r}; only {only!r} is supported")
-        known = cls.__annotations__
-        return cls(**{k: v for k, v in config.items() if k in known and v is not None})
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -297,12 +288,7 @@ class UNet(nn.Module):
     def from_pretrained(cls, source, subfolder=None, revision=None) -> UNet:
         """A folder, a weights file or a hub id -> UNet in float32; UserError where it cannot be."""
         config, state, _ = read_weights(source, subfolder, revision)
-        try:
-            with torch.device("meta"):
-                model = cls(UNetConfig.from_dict(config))
-        except (TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{source}: config.json: {error}; found {config!s:.999}") from None
-        return load_weights(model, state, source)
+        return build(cls, UNetConfig, config, state, source, **FIXED)
 
     def save_pretrained(self, folder) -> None:
         """Write config.json and weights; diffusers' UNet2DConditionModel opens the folder."""

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import (UserError, batches, generator, load_weights, module_table, progress,
-                  read_weights, to_model, uniforms, write_weights)
+from data import (UserError, batches, build, generator, module_table, progress, read_weights,
+                  to_model, uniforms, write_weights)
 
 LIMIT = 2**31  # elements of one activation: kernels of CUDA count them in 32 bits
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -194,16 +194,7 @@ class VAE(nn.Module):
             if ".attentions." in key and value.ndim == 4:  # once a 1 x 1 convolution
                 value = value.flatten(1)
             state[key] = value
-        fields = VAEConfig.__annotations__
-        known = {k: v for k, v in config.items() if k in fields and v is not None}
-        try:
-            if config.get("act_fn", "silu") != "silu" or config.get("shift_factor"):
-                raise UserError("only act_fn 'silu' without a shift_factor is supported")
-            with torch.device("meta"):
-                model = cls(VAEConfig(**known))
-        except (TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{source}: config.json: {error}; found {config!s:.999}") from None
-        return load_weights(model, state, source)
+        return build(cls, VAEConfig, config, state, source, act_fn="silu", shift_factor=0)
 
     def save_pretrained(self, folder) -> None:
         """Write config.json and weights; diffusers' AutoencoderKL opens the folder."""
