@@ -83,8 +83,9 @@ def command_line(doc: str, commands: dict, argv: list[str] | None = None) -> Non
 
     settings: a dataclass instance, or a callable argv -> instance. Each field is a flag with its
     default (`--micro-batch` is `micro_batch`); the comment behind the field is its help. Metadata
-    {"positional": True}: without `--`; {"flag": False}: no flag. A field `offline` that is True
-    sets HF_HUB_OFFLINE=1. UserError and OSError end the program with one message and exit code 1.
+    {"positional": True}: without `--`; {"flag": False}: no flag; nor has a dataclass one. A field
+    `offline` that is True sets HF_HUB_OFFLINE=1. UserError and OSError end the program with one
+    message and exit code 1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv.pop(0) if argv and argv[0] in commands else ""
@@ -131,9 +132,9 @@ def parse(defaults, argv: list[str], doc: str = "", program: str = ""):
     classes = filter(dataclasses.is_dataclass, type(defaults).__mro__)
     source = "".join(map(inspect.getsource, classes))
     for setting in dataclasses.fields(defaults):
-        if setting.metadata.get("flag") is False:
-            continue
         value = getattr(defaults, setting.name)
+        if setting.metadata.get("flag") is False or dataclasses.is_dataclass(value):
+            continue
         comment = re.search(rf"^    {setting.name}\b[^#\n]*#\s*(.*)$", source, re.M)
         text = comment[1].replace("%", "%%") if comment else ""
         text = text if value in (None, "", ()) else f"{text} [{value}]"

@@ -20,7 +20,6 @@ Implements paper 2.2 (latent diffusion), 2.3 (conditioning), 2.5 (training). The
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import datetime
@@ -66,9 +65,10 @@ from vit import DinoSettings, ViT, ViTConfig, train_dino
 class Schedule:
     """`scaled_linear`: √β goes linearly from √0.00085 to √0.012 in 1000 steps [SD1.5]."""
 
-    def __init__(self, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012):
-        self.T = T
-        root = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64)
+    T = 1000
+
+    def __init__(self):
+        root = torch.linspace(0.00085**0.5, 0.012**0.5, self.T, dtype=torch.float64)
         self.beta = root**2  # β_t
         self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)  # ᾱ_t = Π (1 - β_s), (1000,) float64
         self.moved = self.alpha_bar  # on the device that it was last used on
@@ -271,7 +271,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 # ---- Settings and presets (paper 2.5) ----------------------------------------------------------
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-NOT_A_FLAG = {"flag": False}
 
 
 @dataclass(frozen=True)
@@ -313,15 +312,13 @@ class Train:
     unet_config: UNetConfig = field(default_factory=lambda: UNetConfig(
         block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=128,
         attention_head_dim=2, norm_num_groups=8, down_block_types=(CROSS, CROSS),
-        sample_size=16), metadata=NOT_A_FLAG)
+        sample_size=16))
     vae_config: VAEConfig = field(default_factory=lambda: VAEConfig(
-        block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
-        sample_size=64), metadata=NOT_A_FLAG)
-    vae_settings: VAESettings = field(default_factory=VAESettings, metadata=NOT_A_FLAG)
+        block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=64))
+    vae_settings: VAESettings = VAESettings()
     vit_config: ViTConfig = field(default_factory=lambda: ViTConfig(
-        image_size=64, patch_size=8, hidden_size=128, depth=4, heads=4, mlp_ratio=2.0),
-        metadata=NOT_A_FLAG)
-    dino_settings: DinoSettings = field(default_factory=DinoSettings, metadata=NOT_A_FLAG)
+        image_size=64, patch_size=8, hidden_size=128, depth=4, heads=4, mlp_ratio=2.0))
+    dino_settings: DinoSettings = DinoSettings()
 
 
 TINY = Train()
@@ -398,8 +395,11 @@ def odd_settings(values: dict) -> list[str]:
     return odd
 
 
-def check_settings(s: Train, world: int) -> None:
-    """Refuse, before any work, what cannot be trained. UserError says what would do."""
+def check_settings(s: Train, world: int) -> Train:
+    """Refuse, before any work, what cannot be trained. UserError says what would do.
+
+    -> with the micro-batch and the run folder, where they are left to us.
+    """
     wrong = odd_settings(vars(s))
     if wrong:
         raise UserError("found " + "; ".join(wrong))
@@ -412,11 +412,6 @@ def check_settings(s: Train, world: int) -> None:
     if s.batch % unit:
         raise UserError(f"found --batch {s.batch}, expected a multiple of {unit}: {world} ranks x "
                         f"--micro-batch {unit // world}")
-
-
-def complete_settings(s: Train, world: int) -> Train:
-    """Checked, and with the micro-batch and the run folder that are left to us."""
-    check_settings(s, world)
     share = s.batch // world
     micro = max(m for m in range(1, min(share, 64) + 1) if share % m == 0)
     return dataclasses.replace(s, run_dir=s.run_dir or f"runs/{s.preset}",
@@ -558,10 +553,6 @@ class Run:
     vit: ViT
     schedule: Schedule
     device: torch.device
-
-    @property
-    def checkpoints(self) -> list[int]:
-        return checkpoint_steps(self.folder)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -760,7 +751,7 @@ def save_checkpoint(s: Train, run: Run, unet: UNet, optimizer) -> None:
         data.save_tensors(partial / "optimizer.safetensors", optimizer_tensors(optimizer))
         data.write_json(partial / "progress.json",
                         {"step": run.step, "files": checksums(partial)})
-    for age, old in enumerate(reversed(run.checkpoints)):
+    for age, old in enumerate(reversed(checkpoint_steps(run.folder))):
         place = checkpoint_folder(run.folder, old)
         if age >= 2:
             (place / "optimizer.safetensors").unlink(missing_ok=True)
@@ -944,13 +935,12 @@ def make_net(name: str, s: Train, ds, device: torch.device) -> nn.Module:
     source = getattr(s, name)
     if source:
         return NETS[name].from_pretrained(f"{SD15}:unet" if source == "sd15" else source)
-    if name == "vae":
-        recipe = dataclasses.replace(s.vae_settings, steps=s.vae_steps, seed=s.seed)
-        config = dataclasses.replace(s.vae_config, sample_size=s.size)
-        return train_vae(config, recipe, ds, device, Log(s, "vae", s.vae_steps).write, s.workers)
-    recipe = dataclasses.replace(s.dino_settings, steps=s.vit_steps, seed=s.seed)
-    return train_dino(s.vit_config, recipe, ds, device, Log(s, "vit", s.vit_steps).write,
-                      s.workers)
+    vae_config = dataclasses.replace(s.vae_config, sample_size=s.size)
+    train_net, config, recipe, steps = {
+        "vae": (train_vae, vae_config, s.vae_settings, s.vae_steps),
+        "vit": (train_dino, s.vit_config, s.dino_settings, s.vit_steps)}[name]
+    recipe = dataclasses.replace(recipe, steps=steps, seed=s.seed)
+    return train_net(config, recipe, ds, device, Log(s, name, steps).write, s.workers)
 
 
 def from_scratch(config: UNetConfig) -> UNet:
@@ -1065,7 +1055,14 @@ class Log:
         if self.skipped:
             row |= {"loss": str(row["loss"]), "grad_norm": str(row["grad_norm"])}
         else:
-            self.watch(row)
+            self.mean = row["loss"] if self.mean is None else 0.99 * self.mean + 0.01 * row["loss"]
+            self.least = min(self.least, self.mean)
+            if self.is_rank_0 and self.mean > 3 * self.least:
+                data.note(f"step {row['step']} of stage {row['stage']}: the mean loss has risen "
+                          f"from {self.least:.3g} to {self.mean:.3g}, which seldom mends itself: "
+                          "--lr may be too high. Train under another --run-dir with a lower one, "
+                          "from scratch or (--init) from a checkpoint's unet/ of before")
+                self.least = math.inf
         self.file.write(json.dumps(row) + "\n")
         if self.skipped == self.patience:
             raise UserError(
@@ -1074,19 +1071,6 @@ class Log:
                 f"{row['grad_norm']}); images of the last: {', '.join(row['skipped'])}. Give the "
                 "same command with a lower --lr: it goes on from the last checkpoint, which is "
                 "whole (the lr of vae and vit: `vae_settings`, `dino_settings`)")
-
-
-    def watch(self, row: dict) -> None:
-        """Tell of a training that has failed though all its numbers are finite."""
-        self.mean = row["loss"] if self.mean is None else 0.99 * self.mean + 0.01 * row["loss"]
-        self.least = min(self.least, self.mean)
-        if self.mean > 3 * self.least:
-            if self.is_rank_0:
-                data.note(f"step {row['step']} of stage {row['stage']}: the mean loss has risen "
-                          f"from {self.least:.3g} to {self.mean:.3g}, which seldom mends itself: "
-                          "--lr may be too high. Train under another --run-dir with a lower one, "
-                          "from scratch or (--init) from a checkpoint's unet/ of before")
-            self.least = math.inf
 
 
 def kept_lines(path: Path, stage: str, start: int) -> list[str]:
@@ -1099,11 +1083,6 @@ def kept_lines(path: Path, stage: str, start: int) -> list[str]:
         except (ValueError, TypeError, KeyError, RecursionError):
             data.note(f"{path}: dropped a line that is no record: {line[:60]!r}")
     return kept
-
-
-def learning_rate(s: Train, step: int) -> float:
-    """Of step 1, 2, …: linear warm-up, then constant."""
-    return s.lr * min(1.0, step / max(s.warmup, 1))
 
 
 def draw_step(s: Train, step: int, latent: tuple, device) -> tuple[Tensor, Tensor, Tensor]:
@@ -1147,7 +1126,7 @@ def train(settings: Train) -> None:
     """Stages 1 and 2 where the run has no VAE and no DINO; then the UNet, from its checkpoint."""
     device = pick_device(settings.device)
     rank, world = start_ranks(device)
-    s = complete_settings(settings, world)
+    s = check_settings(settings, world)
     share = s.batch // world  # images of this rank in a step
     run, ds = open_frozen(s, device, rank)
     if s.views:
@@ -1162,7 +1141,8 @@ def train(settings: Train) -> None:
     clock = time.perf_counter()
     for step in bar:
         t, eps, noise = draw_step(s, step, run.latent_shape, device)  # [DDPM algorithm 1]
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(s, step + 1)
+        lr = s.lr * min(1.0, (step + 1) / max(s.warmup, 1))  # linear warm-up, then constant
+        optimizer.param_groups[0]["lr"] = lr
         loss_sum = torch.zeros((), device=device)
         for first in range(rank * share, (rank + 1) * share, s.micro_batch):
             rows = slice(first, first + s.micro_batch)
@@ -1174,12 +1154,11 @@ def train(settings: Train) -> None:
             # CHOICE: z0 is a sample of the posterior, as Stable Diffusion was trained, not its mean
             z0 = (mean + torch.exp(0.5 * logvar) * noise[rows]) * run.vae.config.scaling_factor
             zt = run.schedule.add_noise(z0, eps[rows], t[rows])
-            is_last = rows.stop == (rank + 1) * share
-            with contextlib.nullcontext() if is_last or world == 1 else model.no_sync():
-                with autocast(device, s.dtype):
-                    eps_hat = model(zt, t[rows], c)
-                loss = (eps[rows] - eps_hat.float()).square().mean() * len(zt) / share  # eq. (1)
-                loss.backward()  # in the last pass the gradients travel between the ranks
+            model.require_backward_grad_sync = rows.stop == (rank + 1) * share  # DDP: the last pass
+            with autocast(device, s.dtype):
+                eps_hat = model(zt, t[rows], c)
+            loss = (eps[rows] - eps_hat.float()).square().mean() * len(zt) / share  # eq. (1)
+            loss.backward()
             loss_sum += loss.detach()
 
         norm = nn.utils.clip_grad_norm_(unet.parameters(), s.clip or math.inf)
@@ -1215,8 +1194,7 @@ def save_step(s: Train, run: Run, ds, unet: UNet, optimizer, skipped: int, stops
     is_end = run.step == s.steps
     if not stops and (is_end or run.step % s.sample_every == 0):
         # Other shapes than the training's, twice in an hour: not worth a compilation.
-        is_compiled = run.device.type == "cuda"
-        with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
+        with torch.compiler.set_stance("force_eager"):
             save_grid(run, ds)
     is_end = is_end or stops
     # Weights that give no finite numbers are not saved, but for one bad step at the end.
@@ -1228,7 +1206,7 @@ def finish(s: Train, run: Run, rank: int, world: int) -> None:
     """Say where the run stands and what comes next; leave the process group."""
     if rank == 0:
         HELD.pop().close()
-        step = max(run.checkpoints, default=0)
+        step = max(checkpoint_steps(run.folder), default=0)
         print(f"{run.folder} stands at step {step} of {s.steps}; the same command goes on from it. "
               f"Grids: {run.folder}/samples, log: {run.folder}/log.jsonl"
               f"\nnext: python dinodiff.py sample --run-dir {run.folder} --images …   or   python "
@@ -1289,14 +1267,13 @@ class Job:
     seed: int
 
 
-def plan_samples(s: SampleSettings, real: dict[str, Tensor], tokens: Tensor, vit: ViT) -> list[Job]:
+def plan_samples(s: SampleSettings, names: list[str], images: Tensor, tokens: Tensor,
+                 vit: ViT) -> list[Job]:
     """The images of a mode. Interpolation keeps the noise along r, so that only c changes.
 
     A seed comes from the sources' pixels: a sample is the same whatever else is made.
     """
     jobs = []
-    names = list(real)
-    images = torch.stack(list(real.values()))
     ends = 1 if s.mode == "reconstruct" else 2
     for i, v in itertools.product(range(len(names) - ends + 1), range(s.variants)):
         sources = images[i:i + ends]
@@ -1333,7 +1310,7 @@ def sample(settings: SampleSettings) -> None:
                         "interpolate and mix: name files or folders with --images")
     images = torch.stack(list(real.values()))
     tokens = torch.cat([encode_tokens(run, part) for part in images.split(s.batch)])
-    jobs = plan_samples(s, real, tokens, run.vit)
+    jobs = plan_samples(s, list(real), images, tokens, run.vit)
     clock = time.perf_counter()
     pictures = []
     for k in data.progress(range(0, len(jobs), s.batch), desc="sample", unit="batch"):
@@ -1363,10 +1340,9 @@ def mix_tokens(a: Tensor, b: Tensor, config: ViTConfig) -> Tensor:
 
     CHOICE: global tokens are the mean of both; the paper speaks of patches only (A.1, Figure 7).
     """
-    patches = (config.image_size // config.patch_size) ** 2
-    lead = len(a) - patches
-    upper = a[lead:lead + patches // 2]
-    return torch.cat([(a[:lead] + b[:lead]) / 2, upper, b[lead + patches // 2:]])
+    lead = config.global_count
+    half = (lead + len(a)) // 2
+    return torch.cat([(a[:lead] + b[:lead]) / 2, a[lead:half], b[half:]])
 
 
 # ---- Benchmark ---------------------------------------------------------------------------------

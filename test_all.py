@@ -1544,7 +1544,8 @@ def test_a_grid_is_there_before_its_checkpoint_and_another_spelling_of_a_path_go
     """Killed between a checkpoint and its picture, a run had no picture; ./x was another set than
     x."""
     drawn = []
-    monkeypatch.setattr(dinodiff, "save_grid", lambda run, ds: drawn.append(run.checkpoints))
+    monkeypatch.setattr(dinodiff, "save_grid", lambda run, ds: drawn.append(
+        dinodiff.checkpoint_steps(run.folder)))
     run = workshop.begin("grids", "config.json", "log.jsonl", "checkpoints")
     shutil.rmtree(run / LAST)
     workshop.train("grids", data="./xrays")
