@@ -44,7 +44,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -498,6 +498,11 @@ def hub_files(repository: str, patterns: list[str], revision: str | None = None,
 def first_line(error: Exception) -> str:
     """What an error says, or its name."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def named(**modules: torch.nn.Module) -> torch.nn.Sequential:
+    """One module after the other, under a checkpoint's names."""
+    return torch.nn.Sequential(OrderedDict(modules))
 
 
 def module_table(title: str, model: torch.nn.Module, *inputs) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError, build, module_table, read_weights, write_weights
+from data import UserError, build, module_table, named, read_weights, write_weights
 
 CROSS = "CrossAttnDownBlock2D"  # a level with attention
 PLAIN = "DownBlock2D"  # a level without
@@ -218,12 +217,12 @@ class UNet(nn.Module):
 
         def resampler(width: int, stride: int) -> nn.Sequential:
             # TRAP: symmetric padding; the VAE's is not
-            return nn.Sequential(OrderedDict(conv=nn.Conv2d(width, width, 3, stride, padding=1)))
+            return named(conv=nn.Conv2d(width, width, 3, stride, padding=1))
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = nn.Sequential(OrderedDict(
+        self.time_embedding = named(
             linear_1=nn.Linear(widths[0], 4 * widths[0]), act=nn.SiLU(),
-            linear_2=nn.Linear(4 * widths[0], 4 * widths[0])))
+            linear_2=nn.Linear(4 * widths[0], 4 * widths[0]))
         self.down_blocks = nn.ModuleList()
         width = widths[0]
         skips = [width]  # widths of the activations that wait for the way up

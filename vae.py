@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import (UserError, batches, build, generator, module_table, progress, read_weights,
-                  to_model, uniforms, write_weights)
+from data import (UserError, batches, build, generator, module_table, named, progress,
+                  read_weights, to_model, uniforms, write_weights)
 
 LIMIT = 2**31  # elements of one activation: kernels of CUDA count them in 32 bits
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -94,11 +93,6 @@ class Attention(nn.Module):
         y = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1 head, h*w, C)
         y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
         return x + self.to_out[0](y)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-def named(**modules: nn.Module) -> nn.Sequential:
-    """One module after the other, under the checkpoint's names."""
-    return nn.Sequential(OrderedDict(modules))
 
 
 def downsample(width: int) -> nn.Sequential:

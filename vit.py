@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -131,8 +130,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ls1 = scale(N)
         self.norm2 = nn.LayerNorm(N, config.eps)
-        self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(N, config.mlp_size), act=nn.GELU(), fc2=nn.Linear(config.mlp_size, N)))
+        self.mlp = data.named(
+            fc1=nn.Linear(N, config.mlp_size), act=nn.GELU(), fc2=nn.Linear(config.mlp_size, N))
         self.ls2 = scale(N)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +148,7 @@ class ViT(nn.Module):
         N = config.hidden_size
         P = config.patch_size
         R = config.registers
-        pooler = nn.Sequential(OrderedDict(dense=nn.Linear(N, N), tanh=nn.Tanh()))
+        pooler = data.named(dense=nn.Linear(N, N), tanh=nn.Tanh())
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, N))
         self.reg_token = nn.Parameter(0.02 * torch.randn(1, R, N)) if R else None
         # Nothing here uses the mask token: it is kept so that DINOv2's file can be written back.
@@ -157,7 +156,7 @@ class ViT(nn.Module):
         # CHOICE: 0.3, not 0.02, else a short training does not see where things are.
         positions = config.cls_position + (config.image_size // P) ** 2
         self.pos_embed = nn.Parameter(0.3 * torch.randn(1, positions, N))
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, N, P, stride=P)))
+        self.patch_embed = data.named(proj=nn.Conv2d(3, N, P, stride=P))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(N, config.eps)
         self.pooler = pooler if config.pooler else None
