@@ -110,11 +110,11 @@ def ddim_sample(model: Callable[[Tensor, Tensor], Tensor], zT: Tensor, steps: in
     """DDIM [Song et al. 2021, eq.12]: zT ~ N(0, 1) (B, 4, h, w) -> z0. model(zt, t (B,)) -> eps.
 
     eta 0 is deterministic, 1 has DDPM's variance. A list of generators gives each row its noise.
+    last: the ᾱ that the last step goes to; None: ᾱ_0.
     """
     zt = zT
     stride = schedule.T // steps
-    # TRAP: the last step goes to ᾱ_0 = 0.99915, never to ᾱ = 1
-    last = last or float(schedule.alpha_bar[0])
+    last = last or float(schedule.alpha_bar[0])  # TRAP: ᾱ_0 = 0.99915, not ᾱ = 1
     for t in schedule.timesteps(steps):
         a = float(schedule.alpha_bar[t])
         a_prev = float(schedule.alpha_bar[t - stride]) if t >= stride else last
@@ -185,10 +185,8 @@ def adam8bit_(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Tensor, m_ma
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """A view of a dense tensor (channels_last, too) as (n,).
-
-    TRAP: torch.compile makes a graph for each shape of a parameter, and gives up after eight.
-    """
+    """A view of a dense tensor (channels_last, too) as (n,). TRAP: torch.compile makes a graph for
+    each shape of a parameter, and gives up after eight."""
     return x.detach().as_strided((x.numel(),), (1,))
 
 
@@ -396,10 +394,8 @@ def odd_settings(values: dict) -> list[str]:
 
 
 def check_settings(s: Train, world: int) -> Train:
-    """Refuse, before any work, what cannot be trained. UserError says what would do.
-
-    -> with the micro-batch and the run folder, where they are left to us.
-    """
+    """Refuse, before any work, what cannot be trained (UserError says what would do) -> the rest,
+    with the micro-batch and the run folder that are left to us."""
     wrong = odd_settings(vars(s))
     if wrong:
         raise UserError("found " + "; ".join(wrong))
@@ -443,7 +439,6 @@ def start_ranks(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # shapes repeat, so the search for kernels pays
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
     if world > 1 and not dist.is_initialized():
@@ -468,8 +463,7 @@ def train_command(settings: Train) -> None:
 
 def start_core_ranks(count: int) -> None:
     """Start ranks 1, 2, … with this program's own command line, and become rank 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
                    "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
@@ -506,29 +500,25 @@ def on_rank_0(function: Callable):
 
 
 def watch_signals() -> list[int]:
-    """A list that Ctrl-C and SIGTERM put their number into: they ask for an orderly end.
-
-    TRAP: a second one must not end at once: torchrun passes SIGTERM on to ranks that have it.
-    """
+    """A list that Ctrl-C and SIGTERM put their number into: they ask for an orderly end. TRAP: a
+    second one must not end at once: torchrun passes SIGTERM on to ranks that have it."""
     received = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: received.append(number))
     return received
 
 
-def wait_for(path: Path, seconds: float = 60) -> Path:
+def wait_for(path: Path) -> Path:
     """`path`, which another machine has just written to a shared folder: it may show up late."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 60  # seconds
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     return path
 
 
 def share_step(loss: Tensor, norm: Tensor, is_stopping: bool) -> tuple[float, float, bool]:
-    """Mean loss and gradient norm of all ranks, and whether one is asked to stop.
-
-    One collective and one transfer a step: nothing else makes the CPU wait for the GPU.
-    """
+    """Mean loss and gradient norm of all ranks, and whether one is asked to stop. One collective
+    and one transfer a step: nothing else makes the CPU wait for the GPU."""
     values = torch.stack([loss, norm, torch.full_like(norm, float(is_stopping))])
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -635,10 +625,8 @@ def freeze(net: nn.Module, device: torch.device) -> nn.Module:
 
 
 def cast_products(net: nn.Module) -> None:
-    """Weights of products and convolutions to bf16, once; autocast would at every call.
-
-    TRAP: autocast remembers its casts of weights that are trained, but not of frozen ones.
-    """
+    """Weights of products and convolutions to bf16, once; autocast would at every call. TRAP:
+    autocast remembers its casts of weights that are trained, but not of frozen ones."""
     for module in net.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.to(torch.bfloat16)
@@ -681,10 +669,8 @@ def decode_latents(run: Run, z0: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(run: Run, c: Tensor, seeds: list[int], steps: int = 50, eta: float = 0.0) -> Tensor:
-    """c (B, S, N), a seed for each image -> uint8 (B, size, size) on the CPU.
-
-    Row i is a function of c[i] and seeds[i] alone. CHOICE: DDIM; the paper names no sampler.
-    """
+    """c (B, S, N), a seed for each image -> uint8 (B, size, size) on the CPU. Row i is a function
+    of c[i] and seeds[i] alone. CHOICE: DDIM; the paper names no sampler."""
     generators = [generator("cpu", seed, 7) for seed in seeds]  # the same noise on every device
     zT = torch.stack([torch.randn(run.latent_shape, generator=g) for g in generators])
     zT = zT.to(run.device, memory_format=torch.channels_last)
@@ -704,9 +690,7 @@ HELD = []  # open lock files: a lock lasts until its process ends
 
 def lock_run(folder: Path) -> None:
     """RUN/.lock: one process writes to a run, or stops here with the name of the one that does.
-
-    TRAP: unlike `data.locked`'s flock, lockf is not inherited by workers, which may outlive us.
-    """
+    TRAP: unlike `data.locked`'s flock, lockf is not inherited by workers, which may outlive us."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a+")
     try:
@@ -761,9 +745,7 @@ def save_checkpoint(s: Train, run: Run, unet: UNet, optimizer) -> None:
 
 def newest_whole_checkpoint(folder: Path) -> int:
     """The step that training goes on from, 0 for none. A damaged checkpoint is named, put aside.
-
-    UserError where there are checkpoints and none is whole: nothing starts anew over them.
-    """
+    UserError where there are checkpoints and none is whole: nothing starts anew over them."""
     place = folder / "checkpoints"
     for leftover in place.glob(".*.partial"):
         shutil.rmtree(leftover)
@@ -797,12 +779,10 @@ def view_file(run: Run, view: int, block: int) -> Path:
     return run.folder / "views" / f"view-{view}-{block:06d}.safetensors"
 
 
-def make_views(run: Run, ds, rank: int, world: int) -> None:
-    """Encode --views views of every image, all ranks together; files that are there stay.
-
-    View k is the image as `augment` changes it at step k: view 0 is what training online sees at
-    step 0.
-    """
+def make_views(run: Run, ds, rank: int, world: int) -> Callable:
+    """Encode --views views of every image, all ranks together, but for files that are there -> what
+    reads them: `read_views` of (ids, step). View k is the image as `augment` changes it at step k:
+    view 0 is what training online sees at step 0."""
     missing = on_rank_0(lambda: plan_views(run, ds))
     for view, block in data.progress(missing[rank::world], "views", unit=f" x {VIEW_BLOCK} images"):
         ids = np.arange(block * VIEW_BLOCK, min((block + 1) * VIEW_BLOCK, len(ds)))
@@ -811,13 +791,12 @@ def make_views(run: Run, ds, rank: int, world: int) -> None:
         tensors = {name: torch.cat(x).half() for name, x in zip(VIEW, zip(*encoded))}
         data.save_tensors(view_file(run, view, block), tensors)
     on_rank_0(lambda: None)  # no rank reads before all have written
+    return functools.partial(read_views, run, {})
 
 
 def plan_views(run: Run, ds) -> list[tuple[int, int]]:
     """(view, block) of the files that are still to be made, after a look for the room they need.
-
-    UserError where what is there is of other images, settings or encoders.
-    """
+    UserError where what is there is of other images, settings or encoders."""
     path = run.folder / "views" / "views.json"
     recipe = {name: run.config[name] for name in ("size", "seed", "tokens", "augment")}
     recipe |= {"images": ds.digest, "nets": [checksums(run.folder / net) for net in ("vae", "vit")]}
@@ -839,10 +818,8 @@ def plan_views(run: Run, ds) -> list[tuple[int, int]]:
 
 
 def read_views(run: Run, opened: dict, ids: np.ndarray, step: int) -> list[Tensor]:
-    """ids (b,) -> mean, logvar (b, 4, h, w), c (b, S, N) float32; a view of each by chance.
-
-    opened: a dict that keeps the files' memory maps from call to call.
-    """
+    """ids (b,) -> mean, logvar (b, 4, h, w), c (b, S, N) float32; a view of each by chance. opened:
+    a dict that keeps the files' memory maps from call to call."""
     chosen = data.uniforms(1, run.config["seed"], ids, step, 5)[:, 0] * run.config["views"]
     rows = []
     for view, i in zip(chosen.astype(int), ids):
@@ -855,12 +832,9 @@ def read_views(run: Run, opened: dict, ids: np.ndarray, step: int) -> list[Tenso
 
 @torch.no_grad()
 def encode_view(run: Run, pictures: Tensor, ids, draw: int) -> list[Tensor]:
-    """uint8 (b, H, W) -> mean, logvar (b, 4, h, w), c (b, S, N) of the images as augmented.
-
-    draw: number of the augmentation, which is the step, or the view.
-
-    CHOICE: DINO sees the augmented image, as the VAE does, so the pair (z0, c) stays true.
-    """
+    """uint8 (b, H, W) -> mean, logvar (b, 4, h, w), c (b, S, N) of the images as augmented. draw:
+    number of the augmentation, which is the step, or the view. CHOICE: DINO sees the augmented
+    image, as the VAE does, so the pair (z0, c) stays true."""
     pictures = pictures.to(run.device, non_blocking=True)
     x = to_model(pictures)
     if run.config["augment"]:
@@ -904,15 +878,14 @@ def begin_run(s: Train) -> dict:
 
 
 def finish_stages(s: Train, ds, device: torch.device) -> None:
-    """vae/, vit/ (and init/) of the run: as they are, copied from a source, or trained.
-
-    Rank 0 alone, with all cores; a killed training starts again and gives the same weights. What
-    was finished once is never replaced in silence: config.json holds its checksums.
-    """
+    """vae/, vit/ (and init/) of the run: as they are, copied from a source, or trained. Rank 0
+    alone, with all cores; a killed training starts again and gives the same weights. What was
+    finished once is never replaced in silence: config.json holds its checksums."""
     threads = torch.get_num_threads()
     torch.set_num_threads(data.cores())
     config = begin_run(s)
-    data.write_json(Path(s.run_dir, "config.json"), config)
+    path = Path(s.run_dir, "config.json")
+    data.write_json(path, config)
     for name in ("vae", "vit", "init") if s.init else ("vae", "vit"):
         place = Path(s.run_dir, name)
         if name not in config["stages"]:
@@ -922,11 +895,10 @@ def finish_stages(s: Train, ds, device: torch.device) -> None:
                     net.save_pretrained(partial)
             NETS[name].from_pretrained(place)  # a copy that does not open is not recorded
             config["stages"][name] = checksums(place)
-            data.write_json(Path(s.run_dir, "config.json"), config)
-        elif damage(place, config["stages"][name]):
-            raise UserError(f"{place} is not what this run was trained with: "
-                            f"{damage(place, config['stages'][name])}. Bring back a copy, or train "
-                            "under another --run-dir")
+            data.write_json(path, config)
+        elif problem := damage(place, config["stages"][name]):
+            raise UserError(f"{place} is not what this run was trained with: {problem}. Bring back "
+                            "a copy, or train under another --run-dir")
     torch.set_num_threads(threads)
 
 
@@ -985,10 +957,10 @@ def open_unet(s: Train, run: Run) -> tuple[UNet, torch.optim.Optimizer]:
 
 
 def make_optimizer(s: Train, unet: UNet) -> torch.optim.Optimizer:
-    options = dict(lr=s.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay)
+    options = {"lr": s.lr, "weight_decay": s.weight_decay}  # betas 0.9 and 0.999, eps 1e-8
     if s.optimizer == "adam8bit":
         return Adam8bit(unet.parameters(), **options, is_compiled=s.compile)
-    return torch.optim.AdamW(unet.parameters(), fused=True, **options)
+    return torch.optim.AdamW(unet.parameters(), **options, fused=True)
 
 
 def compile_on_gpu(s: Train, net: nn.Module) -> None:
@@ -1086,10 +1058,8 @@ def kept_lines(path: Path, stage: str, start: int) -> list[str]:
 
 
 def draw_step(s: Train, step: int, latent: tuple, device) -> tuple[Tensor, Tensor, Tensor]:
-    """t (batch,), eps and the posterior's noise (batch, 4, h, w) of one global batch.
-
-    A function of (seed, step) alone: every rank draws the same and takes its rows.
-    """
+    """t (batch,), eps and the posterior's noise (batch, 4, h, w) of one global batch. A function of
+    (seed, step) alone: every rank draws the same and takes its rows."""
     g = generator(device, s.seed, step, 0)
     t = torch.randint(0, 1000, (s.batch,), generator=g, device=device)
     eps = torch.randn(s.batch, *latent, generator=g, device=device)
@@ -1129,20 +1099,18 @@ def train(settings: Train) -> None:
     s = check_settings(settings, world)
     share = s.batch // world  # images of this rank in a step
     run, ds = open_frozen(s, device, rank)
-    if s.views:
-        make_views(run, ds, rank, world)
+    read = make_views(run, ds, rank, world) if s.views else None
     unet, optimizer = open_unet(s, run)  # sets run.step, and run.unet to the average
     model = DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
     batches = data.batches(ds, s.batch, run.step, s.seed, rank, world, s.micro_batch, s.workers,
-                           read=functools.partial(read_views, run, {}) if s.views else None)
+                           read=read)
     log = Log(s, "unet", s.steps, run.step)
     signals = watch_signals()
     bar = data.progress(range(run.step, s.steps), "UNet", s.steps, "step", run.step)
     clock = time.perf_counter()
     for step in bar:
         t, eps, noise = draw_step(s, step, run.latent_shape, device)  # [DDPM algorithm 1]
-        lr = s.lr * min(1.0, (step + 1) / max(s.warmup, 1))  # linear warm-up, then constant
-        optimizer.param_groups[0]["lr"] = lr
+        lr = optimizer.param_groups[0]["lr"] = s.lr * min(1.0, (step + 1) / max(s.warmup, 1))
         loss_sum = torch.zeros((), device=device)
         for first in range(rank * share, (rank + 1) * share, s.micro_batch):
             rows = slice(first, first + s.micro_batch)
@@ -1187,10 +1155,8 @@ def train(settings: Train) -> None:
 
 
 def save_step(s: Train, run: Run, ds, unet: UNet, optimizer, skipped: int, stops: bool) -> None:
-    """The grid and the checkpoint that are due; the last one, too, when training is to stop.
-
-    The grid comes first, so that no kill can come between them, but never delays a stop.
-    """
+    """The grid and the checkpoint that are due; the last one, too, when training is to stop. The
+    grid comes first, so that no kill can come between them, but never delays a stop."""
     is_end = run.step == s.steps
     if not stops and (is_end or run.step % s.sample_every == 0):
         # Other shapes than the training's, twice in an hour: not worth a compilation.
@@ -1269,10 +1235,8 @@ class Job:
 
 def plan_samples(s: SampleSettings, names: list[str], images: Tensor, tokens: Tensor,
                  vit: ViT) -> list[Job]:
-    """The images of a mode. Interpolation keeps the noise along r, so that only c changes.
-
-    A seed comes from the sources' pixels: a sample is the same whatever else is made.
-    """
+    """The images of a mode. Interpolation keeps the noise along r, so that only c changes. A seed
+    comes from the sources' pixels: a sample is the same whatever else is made."""
     jobs = []
     ends = 1 if s.mode == "reconstruct" else 2
     for i, v in itertools.product(range(len(names) - ends + 1), range(s.variants)):
@@ -1337,9 +1301,7 @@ def sample(settings: SampleSettings) -> None:
 
 def mix_tokens(a: Tensor, b: Tensor, config: ViTConfig) -> Tensor:
     """All tokens (S, N) of two images -> the upper half's patch tokens from a, the lower's from b.
-
-    CHOICE: global tokens are the mean of both; the paper speaks of patches only (A.1, Figure 7).
-    """
+    CHOICE: global tokens are the mean of both; the paper speaks of patches only (A.1, Figure 7)."""
     lead = config.global_count
     half = (lead + len(a)) // 2
     return torch.cat([(a[:lead] + b[:lead]) / 2, a[lead:half], b[half:]])
@@ -1421,7 +1383,7 @@ def bench(settings: Bench) -> None:
             torch.cuda.reset_peak_memory_stats()
         # Around each call, for autocast remembers its casts until it is left.
         seconds = seconds_of(autocast(device, s.dtype)(part))
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        memory = torch.cuda.max_memory_allocated()  # 0 on a CPU
         rate = s.micro_batch / seconds
         work = flops.get(title, 0)
         print(f"  {title:<27}{work / 1e9:>12.2f}{1e3 * seconds:>10.1f}{rate:>10.1f}"
