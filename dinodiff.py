@@ -1286,7 +1286,7 @@ def sample(settings: SampleSettings) -> None:
         data.save_png(Path(s.out, f"{job.name}.png"), picture.numpy())
     cells = []
     captions = []
-    width = len(s.ratios) if s.mode == "interpolate" else s.variants
+    width = len({f"{r:g}" for r in s.ratios}) if s.mode == "interpolate" else s.variants
     for k in range(0, len(jobs), width):  # a row: the real image, those made from it, the second
         row = jobs[k:k + width]
         first, *second = row[0].sources

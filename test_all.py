@@ -1694,6 +1694,9 @@ def test_a_sample_depends_on_its_image_and_seed_alone(workshop):
     pair = ("x00.png", "x01.png")
     ends = draw_samples("ends", *pair, mode="interpolate", ratios=(0, 1e-3, 1), exact_seed=7)
     assert len(ends) == 4, "three ratios, three files, though two are close"
+    sheets = [draw_samples(f"grid{len(ratios)}", *pair, "x02.png", mode="interpolate",
+                           ratios=ratios)["interpolate"] for ratios in ((0, 1), (0, 1, 1))]
+    assert np.array_equal(*sheets), "a ratio given twice moved images into other rows"
     run = dinodiff.load_run("whole")
     for name, i in (("x00", 1), ("x01", -1)):
         exact = draw_samples(f"exact-{name}", f"{name}.png", exact_seed=7)[f"{name}_v0"]
