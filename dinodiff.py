@@ -20,6 +20,7 @@ Implements paper 2.2 (latent diffusion), 2.3 (conditioning), 2.5 (training). The
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -1110,7 +1111,8 @@ def train(settings: Train) -> None:
     clock = time.perf_counter()
     for step in bar:
         t, eps, noise = draw_step(s, step, run.latent_shape, device)  # [DDPM algorithm 1]
-        lr = optimizer.param_groups[0]["lr"] = s.lr * min(1.0, (step + 1) / max(s.warmup, 1))
+        lr = s.lr * min(1.0, (step + 1) / max(s.warmup, 1))  # linear warm-up, then constant
+        optimizer.param_groups[0]["lr"] = lr
         loss_sum = torch.zeros((), device=device)
         for first in range(rank * share, (rank + 1) * share, s.micro_batch):
             rows = slice(first, first + s.micro_batch)
@@ -1159,8 +1161,10 @@ def save_step(s: Train, run: Run, ds, unet: UNet, optimizer, skipped: int, stops
     grid comes first, so that no kill can come between them, but never delays a stop."""
     is_end = run.step == s.steps
     if not stops and (is_end or run.step % s.sample_every == 0):
-        # Other shapes than the training's, twice in an hour: not worth a compilation.
-        with torch.compiler.set_stance("force_eager"):
+        # Other shapes than the training's, twice in an hour: not worth a compilation. On a CPU
+        # nothing is compiled, and this would load the compiler: 3 s and 70 MB.
+        is_compiled = run.device.type == "cuda"
+        with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
             save_grid(run, ds)
     is_end = is_end or stops
     # Weights that give no finite numbers are not saved, but for one bad step at the end.
