@@ -715,17 +715,17 @@ def read_csv(path, *needed: str):
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError:
             text = content.decode("latin-1")
-        rows = csv.reader(io.StringIO(text, newline=""))
-        header = [name.strip() for name in next(rows, [])]
-        names = list(filter(None, header))
+        rows = csv.DictReader(io.StringIO(text, newline=""), restval="")
+        rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
+        names = list(filter(None, rows.fieldnames))
         if len(set(names)) < len(names):
             raise csv.Error(f"two columns of one name among {', '.join(names)}")
         if not set(needed).issubset(names):
             raise csv.Error(f"found the columns {', '.join(names)}, expected {', '.join(needed)}")
         for row in rows:
-            if any(map(str.strip, row)):
-                row = itertools.zip_longest(header, map(str.strip, row), fillvalue="")
-                yield {name: value for name, value in row if name}
+            row = {name: row[name].strip() for name in names}
+            if any(row.values()):
+                yield row
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path} is no CSV that can be used: {error}") from None
 
@@ -1080,40 +1080,36 @@ def scan_shard(path: Path) -> list[tuple]:
     """A tar -> rows of an index; UserError where it is damaged. A key ends at the last dot; of its
     pictures the first counts. Only our own JSON is believed, and a mask only beside it."""
     spans = defaultdict(dict)  # key: {part: (offset, length)}
+    infos = {}
     try:
         with tarfile.open(path, "r:", tarinfo=Member) as tar:
             for member in tar_members(tar):
                 name = MEMBER.fullmatch(member.name)
-                if name and member.isreg():
-                    key, suffix = name.groups()
-                    part = {"mask.png": "mask", "json": "info"}.get(suffix.lower(), "image")
-                    spans[key].setdefault(part, (member.offset_data, member.size))
+                if not name or not member.isreg():
+                    continue
+                key, suffix = name.groups()
+                part = {"mask.png": "mask", "json": "info"}.get(suffix.lower(), "image")
+                spans[key].setdefault(part, (member.offset_data, member.size))
+                if part == "info" and key not in infos:
+                    infos[key] = read_info(tar.extractfile(member).read(MAX_BYTES))
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: {first_line(error)}; make or fetch this shard again") from None
     rows = []
     nowhere = (0, 0)
-    with open(path, "rb") as file:
-        for key, parts in spans.items():
-            if "image" not in parts:
-                continue
-            info = read_info(read_span(file, *parts.get("info", nowhere)))
-            if not info:
-                parts = {"image": parts["image"]}
-            texts = [key, info.get("patient", ""), info.get("provider", ""),
-                     "|".join(info.get("labels", ()))]
-            rows.append((os.fsencode(path.name), path.stat().st_size, *map(os.fsencode, texts),
-                         *parts["image"], *parts.get("mask", nowhere), *parts.get("info", nowhere),
-                         info.get("size", 0)))
+    for key, parts in spans.items():
+        if "image" not in parts:
+            continue
+        info = infos.get(key)
+        if not info:
+            info = {}
+            parts = {"image": parts["image"]}
+        texts = [path.name, key, info.get("patient", ""), info.get("provider", ""),
+                 "|".join(info.get("labels", ()))]
+        shard, *texts = map(os.fsencode, texts)
+        rows.append((shard, path.stat().st_size, *texts, *parts["image"],
+                     *parts.get("mask", nowhere), *parts.get("info", nowhere),
+                     info.get("size", 0)))
     return rows
-
-
-def read_span(file, offset: int, length: int) -> bytes:
-    """Bytes of a file, none where they lie outside of it or are too many."""
-    is_inside = 0 <= offset <= offset + length <= os.fstat(file.fileno()).st_size
-    if not is_inside or length > MAX_BYTES:
-        return b""
-    file.seek(offset)
-    return file.read(length)
 
 
 def read_info(content: bytes) -> dict:
@@ -1173,14 +1169,19 @@ def select_shards(rows: np.ndarray, wanted) -> np.ndarray:
     return rows[np.isin(rows["shard"], list(map(os.fsencode, wanted)))]
 
 
+def missing_shards(folder: Path, rows: np.ndarray) -> list[str]:
+    """Names in an index of this folder whose shards are not there."""
+    return [name for name in shard_counts(rows) if not (folder / name).exists()]
+
+
 def find_index(folder: Path, paths: list[Path]) -> np.ndarray:
     """The rows of these shards: of the folder's index or, where none fits, of one in the cache."""
     sizes = {path.name: path.stat().st_size for path in paths}
     if (folder / INDEX).exists():
         with contextlib.suppress(UserError):
             rows = read_index(folder / INDEX)
+            gone = missing_shards(folder, rows)
             known = dict(zip(decode_texts(rows["shard"]), rows["shard_bytes"].tolist()))
-            gone = [name for name in known if not (folder / name).exists()]
             if gone:
                 note(f"{folder / INDEX} names {len(gone)} shards that are not there, such as "
                      f"{gone[0]}; the others are used")
@@ -1296,8 +1297,9 @@ class XRays(torch.utils.data.Dataset):
         return open(self.shard_of(i), "rb")
 
     def _content(self, i: int, part: str) -> bytes:
-        with self.open(i) as file:
-            return read_span(file, int(self.rows[part][i]), int(self.rows[f"{part}_bytes"][i]))
+        with self.open(i) as file:  # a damaged index may say anything
+            file.seek(max(0, int(self.rows[part][i])))
+            return file.read(min(int(self.rows[f"{part}_bytes"][i]), MAX_BYTES))
 
     def _decode(self, i: int, part: str) -> np.ndarray:
         key = os.fsdecode(self.rows["key"][i])
@@ -1355,16 +1357,14 @@ def open_data(spec: str, size: int, seed: int = 0, count: int | None = None,
         return _open_phantoms(size, count or 4096, seed)
     if spec.startswith(("hf://", "pipe:")):
         return open_remote(spec, size, count, cache_gb)
-    if path.is_dir():
-        paths = sorted(filter(Path.is_file, path.glob("*.tar")))
+    parent, pattern = (path, "*.tar") if path.is_dir() else (path.parent, path.name)
+    # A folder that is there may have a name with [ or *.
+    place = glob.escape(str(parent)) if parent.is_dir() else parent
+    found = map(Path, glob.glob(f"{place}/{pattern}", recursive=True))
+    paths = [path] if path.is_file() else sorted(filter(Path.is_file, found))
+    is_world = path.is_file() and path.suffix != ".tar"
+    if path.is_dir() and not (path / INDEX).exists():
         is_world = not paths or labels or any(map(WORLD.search, walk(path)))
-        is_world = is_world and not (path / INDEX).exists()
-    else:
-        folder = str(path.parent)  # one that is there may have a name with [ or *
-        folder = glob.escape(folder) if path.parent.is_dir() else folder
-        found = map(Path, glob.glob(f"{folder}/{path.name}", recursive=True))
-        paths = [path] if path.is_file() else sorted(filter(Path.is_file, found))
-        is_world = path.is_file() and path.suffix != ".tar"
     if is_world:
         paths = _prepared(path, size, labels)
     elif labels:
@@ -1588,7 +1588,7 @@ def walk(root, skip=None) -> dict[str, str]:
     nothing hidden, no system folders, not the folder `skip`. Of a file: itself."""
     if os.path.isfile(root):
         return {os.path.basename(root): str(root)}
-    found = {}  # by inode
+    paths = []
     seen = {os.path.realpath(skip)} if skip else set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=note):
         place = os.path.realpath(folder)
@@ -1597,14 +1597,11 @@ def walk(root, skip=None) -> dict[str, str]:
             continue
         seen.add(place)
         folders[:] = sorted(name for name in folders if not SYSTEM.match(name))
-        for name in sorted(names):
-            path = os.path.join(folder, name)
-            if SYSTEM.match(name) or not os.path.isfile(path):
-                continue
-            status = os.stat(path)
-            known = found.setdefault((status.st_dev, status.st_ino), path)
-            if os.path.islink(known) and not os.path.islink(path):
-                found[status.st_dev, status.st_ino] = path
+        paths += [os.path.join(folder, name) for name in sorted(names) if not SYSTEM.match(name)]
+    found = {}  # by inode
+    for path in sorted(filter(os.path.isfile, paths), key=os.path.islink):  # links come last
+        status = os.stat(path)
+        found.setdefault((status.st_dev, status.st_ino), path)
     return {os.path.relpath(path, root): path for path in sorted(found.values())}
 
 
@@ -1672,23 +1669,26 @@ def unpack(archive: str, folder: Path, problems: dict[str, str]) -> None:
     """Write the files of a zip or tar to `folder`. `problems` takes up {name: why} of those that
     cannot be read; of an archive that is cut short, what comes before is used."""
     left = max(UNPACKED * os.path.getsize(archive), 2**30)
-    is_zip = archive.lower().endswith(".zip")
     inside = os.path.basename(archive)
     folder.mkdir(parents=True)
     try:
-        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, tarinfo=Member) as file:
-            for member in file.infolist() if is_zip else tar_members(file):
-                name = member.filename if is_zip else member.name
-                size = member.file_size if is_zip else member.size
-                if name.endswith("/") or (not is_zip and member.isdir()):
-                    continue
-                try:
-                    _write_member(file, member, name, size, left, folder)
-                    left -= size
-                except Exception as error:  # zipfile, tarfile, zlib and lzma have many kinds
-                    if getattr(error, "errno", None):  # of the disk, not of the archive
-                        raise
-                    problems[f"{inside}: {name}"] = first_line(error)
+        for name, size, open_member in archive_files(archive):
+            try:
+                if name.startswith("/") or ".." in name.split("/"):
+                    raise ValueError("its path leads out of the archive")
+                if size > min(left, MAX_BYTES):
+                    raise ValueError(f"{size:,} bytes are too many")
+                if ARCHIVES.search(name):
+                    raise ValueError("an archive within an archive: unpack it first")
+                with open_member() as part:
+                    content = part.read(size)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+                left -= size
+            except Exception as error:  # zipfile, tarfile, zlib and lzma have many kinds
+                if getattr(error, "errno", None):  # of the disk, not of the archive
+                    raise
+                problems[f"{inside}: {name}"] = first_line(error)
     except (*DAMAGED, OSError) as error:
         if getattr(error, "errno", None):
             raise
@@ -1696,22 +1696,25 @@ def unpack(archive: str, folder: Path, problems: dict[str, str]) -> None:
         note(f"{inside}: {problems[inside]}; what comes before is used")
 
 
-def _write_member(file, member, name: str, size: int, left: int, folder: Path) -> None:
-    """One file of an archive, whole, within `folder`; ValueError says why not."""
-    if name.startswith("/") or ".." in name.split("/"):
-        raise ValueError("its path leads out of the archive")
-    if size > min(left, MAX_BYTES):
-        raise ValueError(f"{size:,} bytes are too many")
-    if ARCHIVES.search(name):
-        raise ValueError("an archive within an archive: unpack it first")
-    if isinstance(member, tarfile.TarInfo) and not member.isreg():
+def archive_files(archive: str):
+    """(name, size, function that opens it) of each file of a zip or tar."""
+    if archive.lower().endswith(".zip"):
+        with zipfile.ZipFile(archive) as file:
+            for member in file.infolist():
+                if not member.is_dir():
+                    yield member.filename, member.file_size, functools.partial(file.open, member)
+        return
+    with tarfile.open(archive, tarinfo=Member) as file:
+        for member in tar_members(file):
+            if not member.isdir():
+                yield member.name, member.size, functools.partial(open_regular, file, member)
+
+
+def open_regular(tar: tarfile.TarFile, member: tarfile.TarInfo):
+    """A file of a tar; ValueError where it is none."""
+    if not member.isreg():
         raise ValueError("a link or a device")
-    open_member = file.open if isinstance(file, zipfile.ZipFile) else file.extractfile
-    with open_member(member) as part:
-        content = part.read(size)
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    return tar.extractfile(member)
 
 
 def pair_masks(names) -> dict[str, list[str]]:
@@ -1861,18 +1864,12 @@ def _prepare_shard(path: Path, films: list[Film], s: Prepare) -> None:
     """A shard; a file beside it, which is there first, names what cannot be read."""
     unreadable = {}
     report = path.with_suffix(".unreadable.json")
-    write_shard(path, _read_films(report, films, s, unreadable))
-    if not unreadable:
-        report.unlink(missing_ok=True)
-
-
-def _read_films(report: Path, films: list[Film], s: Prepare, unreadable: dict[str, str]):
-    for film in films:
-        sample = read_film(film, s, unreadable)
-        if sample:
-            yield sample
-    if unreadable:
+    with whole(path) as partial:
+        samples = (read_film(film, s, unreadable) for film in films)
+        write_shard(partial, filter(None, samples))
         write_json(report, unreadable)
+    if not unreadable:
+        report.unlink()
 
 
 def read_film(film: Film, s: Prepare, unreadable: dict[str, str]) -> Sample | None:
@@ -1916,8 +1913,7 @@ def check(s: Check) -> None:
         problems.append(f"{twice} images have the key of another one")
     for folder in {Path(shard).parent for shard in ds.shards if not ds.remote}:
         with contextlib.suppress(UserError):
-            names = shard_counts(read_index(folder / INDEX))
-            gone = [name for name in names if not (folder / name).exists()]
+            gone = missing_shards(folder, read_index(folder / INDEX))
             problems += [f"{folder / name}: missing, but in {INDEX}" for name in gone]
     if problems:
         print("\n".join(problems[:50]))
@@ -1937,20 +1933,28 @@ def batches(ds, batch: int, start_step: int = 0, seed: int = 0, rank: int = 0, w
     rank r has the r-th of `world` equal slices. So a step depends on (seed, step) alone.
     """
     micro_batch = micro_batch or batch // world
-    assert batch % (world * micro_batch) == 0, (batch, world, micro_batch)
-    places = _places(ds, seed, batch, start_step, rank, world, micro_batch)
-    reader = _Reader(ds, read)
+    passes = batch // (world * micro_batch)
+    assert batch == passes * world * micro_batch, (batch, world, micro_batch)
+
+    def read_part(k):
+        """The k-th micro-batch. Errors travel as values: the user sees one line, no traceback."""
+        step = start_step + k // passes
+        first = step * batch + (rank * passes + k % passes) * micro_batch
+        ids = images_at(ds, seed, first + np.arange(micro_batch))
+        try:
+            return step, torch.from_numpy(ids), read(ids, step) if read else ds.read(ids)
+        except (UserError, OSError) as error:
+            return UserError(str(error))
+
     options = {}
     if workers:
-        first = next(places)
-        places = itertools.chain([first], places)
-        workers = fit_shared_memory(workers, len(pickle.dumps(reader[first])))
+        workers = fit_shared_memory(workers, len(pickle.dumps(read_part(0))))
     if workers:
         options = {"multiprocessing_context": "fork", "worker_init_fn": _start_reader}
     # TRAP: without its own generator a DataLoader draws from the global one: resuming shifts it.
     loader = torch.utils.data.DataLoader(
-        reader, sampler=places, batch_size=None, generator=torch.Generator(), num_workers=workers,
-        pin_memory=torch.cuda.is_available(), **options)
+        range(sys.maxsize), batch_size=None, collate_fn=read_part, generator=torch.Generator(),
+        num_workers=workers, pin_memory=torch.cuda.is_available(), **options)
     ahead = WINDOW * len(ds) // len(ds.shards)  # images until the next window, whose shards come
     for item in loader:
         if isinstance(item, UserError):
@@ -1965,29 +1969,6 @@ def images_at(ds, seed: int, places: np.ndarray) -> np.ndarray:
     """ids of the images at these places of the epochs of `seed`, end to end."""
     return np.array([ds.order(seed, place // len(ds))[place % len(ds)]
                      for place in places.tolist()])
-
-
-def _places(ds, seed, batch, start_step, rank, world, micro_batch):
-    """(step, ids) of each micro-batch of this rank."""
-    share = batch // world
-    for step in itertools.count(start_step):
-        ids = images_at(ds, seed, step * batch + rank * share + np.arange(share))
-        for part in ids.reshape(-1, micro_batch):
-            yield step, part
-
-
-class _Reader(torch.utils.data.Dataset):
-    """Reads a micro-batch. Errors travel as values: the user sees one line, no traceback."""
-
-    def __init__(self, ds, read):
-        self.read = read or (lambda ids, step: ds.read(ids))
-
-    def __getitem__(self, place):
-        step, ids = place
-        try:
-            return step, torch.from_numpy(ids), self.read(ids, step)
-        except (UserError, OSError) as error:
-            return UserError(str(error))
 
 
 def _start_reader(worker: int) -> None:
