@@ -475,7 +475,6 @@ def hub_files(repository: str, patterns: list[str], revision: str | None = None,
         f"then give that folder's path instead of {repository!r}.")
 
 
-
 def first_line(error: Exception) -> str:
     """What an error says, or its name."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
@@ -1099,9 +1098,8 @@ def scan_shard(path: Path) -> list[tuple]:
     for key, parts in spans.items():
         if "image" not in parts:
             continue
-        info = infos.get(key)
+        info = infos.get(key, {})
         if not info:
-            info = {}
             parts = {"image": parts["image"]}
         texts = [path.name, key, info.get("patient", ""), info.get("provider", ""),
                  "|".join(info.get("labels", ()))]
@@ -1125,8 +1123,7 @@ def read_info(content: bytes) -> dict:
 
 
 def write_index(path, paths: list[Path]) -> None:
-    """The index of shards, a structured array with the fields COLUMNS -> one .npz, whole or
-    absent."""
+    """Shards -> one .npz with their index, a structured array with the fields COLUMNS."""
     rows = list(itertools.chain(*run_jobs(scan_shard, [(path,) for path in paths], "indexing")))
     if not rows:
         raise UserError(f"found no image in {len(paths)} shards: {paths[0]} …")
@@ -1298,8 +1295,8 @@ class XRays(torch.utils.data.Dataset):
 
     def _content(self, i: int, part: str) -> bytes:
         with self.open(i) as file:  # a damaged index may say anything
-            file.seek(max(0, int(self.rows[part][i])))
-            return file.read(min(int(self.rows[f"{part}_bytes"][i]), MAX_BYTES))
+            file.seek(max(0, self.rows[part][i]))
+            return file.read(np.clip(self.rows[f"{part}_bytes"][i], 0, MAX_BYTES))
 
     def _decode(self, i: int, part: str) -> np.ndarray:
         key = os.fsdecode(self.rows["key"][i])
@@ -1534,15 +1531,14 @@ def open_remote(spec: str, size: int, count: int | None, cache_gb: float) -> XRa
         note(f"{spec}: out of reach; the {len(cached)} files in the hub's cache are used")
         return open_shards(spec, size, cached, count)
     counts = shard_counts(rows)
-    wanted = fnmatch.filter(counts, os.path.basename(pattern))
+    wanted = {name: counts[name] for name in fnmatch.filter(counts, os.path.basename(pattern))}
     strange = [name for name in wanted if not re.fullmatch(r"[\w+@=][\w.+@=-]*", name)]
     if strange or not wanted:  # names reach a shell
         raise UserError(f"{spec}: its index names the shards {[*strange, *counts][:3]}; expected "
                         f"{pattern}, of letters, digits and ._-+@=")
     if {path.name for path in cached}.issuperset(wanted):
         return open_shards(spec, size, cached, count)
-    shards = {name: counts[name] for name in wanted}
-    return XRays(spec, size, shards, select_shards(rows, shards), count, remote)
+    return XRays(spec, size, wanted, select_shards(rows, wanted), count, remote)
 
 
 # ---- prepare and check: any pile of X-rays -> shards (paper 2.1) ----
@@ -1818,15 +1814,30 @@ def prepare(s: Prepare) -> None:
 
 
 def find_films(s: Prepare, files: dict[str, str]) -> list[Film]:
-    """Of {name: path} of pictures: each X-ray with its masks, patient and labels, in a fixed
-    order."""
+    """Of {name: path} of pictures: each X-ray with its masks, and patient and labels by --labels
+    or the CSVs in or beside the source, in a fixed order."""
     masks = pair_masks(files)
     if not masks:
         raise UserError(f"{s.source} holds no X-rays; expected {' '.join(PICTURES)}, or zip or tar "
                         "files of them")
+    table = {}
+    for path in [s.labels] if s.labels else label_csvs(s.source):
+        try:
+            table |= read_labels(path)
+        except UserError as error:
+            if s.labels:
+                raise
+            note(f"skipped: {error}")
+    rows = match_labels(table, list(masks), os.path.abspath(s.source))
+    if table:
+        matched = len(rows) - rows.count(None)
+        if not matched:
+            raise UserError(f"none of the {len(table):,} files that the labels name, such as "
+                            f"{next(iter(table))}, is among the images, such as {min(masks)}")
+        note(f"labels of {s.source}: matched {matched:,} of {len(rows):,} images")
     is_mimic = bool(s.labels) and os.path.isdir(s.labels)  # its tables name frontal views alone
     films = {}
-    for name, row in zip(masks, find_labels(s, list(masks))):
+    for name, row in zip(masks, rows):
         if row is None and is_mimic:
             continue
         patient, labels = row or ("", ())
@@ -1838,26 +1849,6 @@ def find_films(s: Prepare, files: dict[str, str]) -> list[Film]:
         pictures = {part: files[part] for part in [name, *masks[name]]}
         films[key] = Film(key, pictures, patient, labels)
     return list(films.values())
-
-
-def find_labels(s: Prepare, names: list[str]) -> list:
-    """(patient, labels) of each image, or None, by --labels or the CSVs in or beside the source."""
-    table = {}
-    for path in [s.labels] if s.labels else label_csvs(s.source):
-        try:
-            table |= read_labels(path)
-        except UserError as error:
-            if s.labels:
-                raise
-            note(f"skipped: {error}")
-    rows = match_labels(table, names, os.path.abspath(s.source))
-    matched = len(rows) - rows.count(None)
-    if table and not matched:
-        raise UserError(f"none of the {len(table):,} files that the labels name, such as "
-                        f"{next(iter(table))}, is among the images, such as {names[0]}")
-    if table:
-        note(f"labels of {s.source}: matched {matched:,} of {len(names):,} images")
-    return rows
 
 
 def _prepare_shard(path: Path, films: list[Film], s: Prepare) -> None:
@@ -1874,13 +1865,13 @@ def _prepare_shard(path: Path, films: list[Film], s: Prepare) -> None:
 
 def read_film(film: Film, s: Prepare, unreadable: dict[str, str]) -> Sample | None:
     """An X-ray and its masks, cropped alike; `unreadable` takes up {name: why}."""
+    name, *masks = film.files
     pictures = {}
-    for name, path in film.files.items():
+    for part, path in film.files.items():
         try:
-            pictures[name] = load_image(path, name)
+            pictures[part] = load_image(path, part)
         except Unreadable as error:
-            unreadable[name] = str(error)
-    name = next(iter(film.files))
+            unreadable[part] = str(error)
     image = pictures.pop(name, None)
     if image is None:
         return None
@@ -1894,7 +1885,7 @@ def read_film(film: Film, s: Prepare, unreadable: dict[str, str]) -> Sample | No
         mask = Image.fromarray(mask > least)  # SCR's masks have half the size
         mask = np.array(mask.resize(image.shape[::-1], Image.NEAREST), np.uint8)
         lungs.append(resize(mask[part], s.size, Image.NEAREST) > 0)
-    is_whole = 0 < len(lungs) == len(film.files) - 1
+    is_whole = 0 < len(lungs) == len(masks)
     provider = s.provider or ARCHIVES.sub("", Path(s.source).absolute().name)
     return Sample(film.key, resize(image[part], s.size), film.patient, provider, film.labels,
                   lung_mask(lungs) if is_whole else None, {"file": name})
@@ -2063,7 +2054,7 @@ def grid(images, columns: int, captions=None, row_titles=None, title=None) -> Im
         y, x = divmod(k, columns)
         x = left + x * (side + 4)
         y = top + y * pitch
-        sheet.paste(tile.resize((tile.width * zoom, tile.height * zoom), Image.NEAREST), (x, y))
+        sheet.paste(ImageOps.scale(tile, zoom, Image.NEAREST), (x, y))
         draw_text(x, y + side, side, captions[k] if captions else "")
     for k, text in enumerate(row_titles or ()):
         draw_text(4, top + k * pitch + side // 2, side - 8, text)
