@@ -1006,9 +1006,8 @@ def render_phantom(seed: int, patient: int, visit: int, size: int, findings=None
 
 # ---- Shards: tar files and one index (paper 2.5: "storing and streaming data") ----
 
-# A shard is a plain tar of key.json + key.png (+ key.mask.png: 1 the patient's left lung, 2 the
-# right one), as the webdataset library reads and writes them. An index says where in which shard
-# each image lies, so any image is one seek and one read, in any order.
+# A shard is a plain tar of key.json + key.png (+ key.mask.png), as the webdataset library reads and
+# writes them. By an index any image is one seek and one read, in any order.
 INDEX = "index.npz"
 TRIES = 3   # of fetching a remote shard, with a pause between
 WINDOW = 8  # CHOICE: shards within which images are permuted; also what a remote cache keeps
@@ -1858,9 +1857,10 @@ def _prepare_shard(path: Path, films: list[Film], s: Prepare) -> None:
     with whole(path) as partial:
         samples = (read_film(film, s, unreadable) for film in films)
         write_shard(partial, filter(None, samples))
-        write_json(report, unreadable)
-    if not unreadable:
-        report.unlink()
+        if unreadable:
+            write_json(report, unreadable)
+    if not unreadable:  # all that an earlier run could not read was mended
+        report.unlink(missing_ok=True)
 
 
 def read_film(film: Film, s: Prepare, unreadable: dict[str, str]) -> Sample | None:
