@@ -1121,19 +1121,21 @@ def read_info(content: bytes) -> dict:
         return {}
 
 
-def write_index(path, paths: list[Path]) -> None:
-    """Shards -> one .npz with their index, a structured array with the fields COLUMNS."""
+def write_index(path, paths: list[Path]) -> int:
+    """Shards -> one .npz with their index, a structured array with the fields COLUMNS, and the
+    number of its rows."""
     rows = list(itertools.chain(*run_jobs(scan_shard, [(path,) for path in paths], "indexing")))
     if not rows:
         raise UserError(f"found no image in {len(paths)} shards: {paths[0]} …")
     rows = np.rec.fromarrays(list(zip(*rows)), names=",".join(COLUMNS))
     with whole(path) as partial:
         np.savez(partial, rows=rows)
+    return len(rows)
 
 
-def index_folder(folder) -> None:
-    """(Re)write the index of a folder of shards."""
-    write_index(Path(folder) / INDEX, sorted(Path(folder).glob("*.tar")))
+def index_folder(folder) -> int:
+    """(Re)write the index of a folder of shards -> number of images."""
+    return write_index(Path(folder) / INDEX, sorted(Path(folder).glob("*.tar")))
 
 
 def read_index(path) -> np.ndarray:
@@ -1671,6 +1673,8 @@ def unpack(archive: str, folder: Path, problems: dict[str, str]) -> None:
             try:
                 if name.startswith("/") or ".." in name.split("/"):
                     raise ValueError("its path leads out of the archive")
+                if size is None:
+                    raise ValueError("a link or a device")
                 if size > min(left, MAX_BYTES):
                     raise ValueError(f"{size:,} bytes are too many")
                 if ARCHIVES.search(name):
@@ -1692,7 +1696,7 @@ def unpack(archive: str, folder: Path, problems: dict[str, str]) -> None:
 
 
 def archive_files(archive: str):
-    """(name, size, function that opens it) of each file of a zip or tar."""
+    """(name, size, function that opens it) of a zip's or tar's files; None is a link's size."""
     if archive.lower().endswith(".zip"):
         with zipfile.ZipFile(archive) as file:
             for member in file.infolist():
@@ -1702,14 +1706,8 @@ def archive_files(archive: str):
     with tarfile.open(archive, tarinfo=Member) as file:
         for member in tar_members(file):
             if not member.isdir():
-                yield member.name, member.size, functools.partial(open_regular, file, member)
-
-
-def open_regular(tar: tarfile.TarFile, member: tarfile.TarInfo):
-    """A file of a tar; ValueError where it is none."""
-    if not member.isreg():
-        raise ValueError("a link or a device")
-    return tar.extractfile(member)
+                size = member.size if member.isreg() else None
+                yield member.name, size, functools.partial(file.extractfile, member)
 
 
 def pair_masks(names) -> dict[str, list[str]]:
@@ -1805,8 +1803,7 @@ def prepare(s: Prepare) -> None:
                 name = min(unreadable)
                 note(f"{len(unreadable):,} files could not be read; {out}/unreadable.json names "
                      f"them. The first, {name}: {unreadable[name]}")
-            index_folder(out)
-            images = len(read_index(out / INDEX))
+            images = index_folder(out)
             print(f"{images:,} images in {len(jobs)} shards with their index: {out}/")
         finally:
             shutil.rmtree(out / ".unpacked", ignore_errors=True)
