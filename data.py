@@ -494,7 +494,6 @@ def hub_files(repository: str, patterns: list[str], revision: str | None = None,
         f"then give that folder's path instead of {repository!r}.")
 
 
-
 def first_line(error: Exception) -> str:
     """What an error says, or its name."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
@@ -739,17 +738,17 @@ def read_csv(path, *needed: str):
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError:
             text = content.decode("latin-1")
-        rows = csv.reader(io.StringIO(text, newline=""))
-        header = [name.strip() for name in next(rows, [])]
-        names = list(filter(None, header))
+        rows = csv.DictReader(io.StringIO(text, newline=""), restval="")
+        rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
+        names = list(filter(None, rows.fieldnames))
         if len(set(names)) < len(names):
             raise csv.Error(f"two columns of one name among {', '.join(names)}")
         if not set(needed).issubset(names):
             raise csv.Error(f"found the columns {', '.join(names)}, expected {', '.join(needed)}")
         for row in rows:
-            if any(map(str.strip, row)):
-                row = itertools.zip_longest(header, map(str.strip, row), fillvalue="")
-                yield {name: value for name, value in row if name}
+            row = {name: row[name].strip() for name in names}
+            if any(row.values()):
+                yield row
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path} is no CSV that can be used: {error}") from None
 
@@ -1031,9 +1030,8 @@ def render_phantom(seed: int, patient: int, visit: int, size: int, findings=None
 
 # ---- Shards: tar files and one index (paper 2.5: "storing and streaming data") ----
 
-# A shard is a plain tar of key.json + key.png (+ key.mask.png: 1 the patient's left lung, 2 the
-# right one), as the webdataset library reads and writes them. An index says where in which shard
-# each image lies, so any image is one seek and one read, in any order.
+# A shard is a plain tar of key.json + key.png (+ key.mask.png), as the webdataset library reads and
+# writes them. By an index any image is one seek and one read, in any order.
 INDEX = "index.npz"
 TRIES = 3   # of fetching a remote shard, with a pause between
 WINDOW = 8  # CHOICE: shards within which images are permuted; also what a remote cache keeps
@@ -1104,40 +1102,35 @@ def scan_shard(path: Path) -> list[tuple]:
     """A tar -> rows of an index; UserError where it is damaged. A key ends at the last dot; of its
     pictures the first counts. Only our own JSON is believed, and a mask only beside it."""
     spans = defaultdict(dict)  # key: {part: (offset, length)}
+    infos = {}
     try:
         with tarfile.open(path, "r:", tarinfo=Member) as tar:
             for member in tar_members(tar):
                 name = MEMBER.fullmatch(member.name)
-                if name and member.isreg():
-                    key, suffix = name.groups()
-                    part = {"mask.png": "mask", "json": "info"}.get(suffix.lower(), "image")
-                    spans[key].setdefault(part, (member.offset_data, member.size))
+                if not name or not member.isreg():
+                    continue
+                key, suffix = name.groups()
+                part = {"mask.png": "mask", "json": "info"}.get(suffix.lower(), "image")
+                spans[key].setdefault(part, (member.offset_data, member.size))
+                if part == "info" and key not in infos:
+                    infos[key] = read_info(tar.extractfile(member).read(MAX_BYTES))
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: {first_line(error)}; make or fetch this shard again") from None
     rows = []
     nowhere = (0, 0)
-    with open(path, "rb") as file:
-        for key, parts in spans.items():
-            if "image" not in parts:
-                continue
-            info = read_info(read_span(file, *parts.get("info", nowhere)))
-            if not info:
-                parts = {"image": parts["image"]}
-            texts = [key, info.get("patient", ""), info.get("provider", ""),
-                     "|".join(info.get("labels", ()))]
-            rows.append((os.fsencode(path.name), path.stat().st_size, *map(os.fsencode, texts),
-                         *parts["image"], *parts.get("mask", nowhere), *parts.get("info", nowhere),
-                         info.get("size", 0)))
+    for key, parts in spans.items():
+        if "image" not in parts:
+            continue
+        info = infos.get(key, {})
+        if not info:
+            parts = {"image": parts["image"]}
+        texts = [path.name, key, info.get("patient", ""), info.get("provider", ""),
+                 "|".join(info.get("labels", ()))]
+        shard, *texts = map(os.fsencode, texts)
+        rows.append((shard, path.stat().st_size, *texts, *parts["image"],
+                     *parts.get("mask", nowhere), *parts.get("info", nowhere),
+                     info.get("size", 0)))
     return rows
-
-
-def read_span(file, offset: int, length: int) -> bytes:
-    """Bytes of a file, none where they lie outside of it or are too many."""
-    is_inside = 0 <= offset <= offset + length <= os.fstat(file.fileno()).st_size
-    if not is_inside or length > MAX_BYTES:
-        return b""
-    file.seek(offset)
-    return file.read(length)
 
 
 def read_info(content: bytes) -> dict:
@@ -1152,20 +1145,21 @@ def read_info(content: bytes) -> dict:
         return {}
 
 
-def write_index(path, paths: list[Path]) -> None:
-    """The index of shards, a structured array with the fields COLUMNS -> one .npz, whole or
-    absent."""
+def write_index(path, paths: list[Path]) -> int:
+    """Shards -> one .npz with their index, a structured array with the fields COLUMNS, and the
+    number of its rows."""
     rows = list(itertools.chain(*run_jobs(scan_shard, [(path,) for path in paths], "indexing")))
     if not rows:
         raise UserError(f"found no image in {len(paths)} shards: {paths[0]} …")
     rows = np.rec.fromarrays(list(zip(*rows)), names=",".join(COLUMNS))
     with whole(path) as partial:
         np.savez(partial, rows=rows)
+    return len(rows)
 
 
-def index_folder(folder) -> None:
-    """(Re)write the index of a folder of shards."""
-    write_index(Path(folder) / INDEX, sorted(Path(folder).glob("*.tar")))
+def index_folder(folder) -> int:
+    """(Re)write the index of a folder of shards -> number of images."""
+    return write_index(Path(folder) / INDEX, sorted(Path(folder).glob("*.tar")))
 
 
 def read_index(path) -> np.ndarray:
@@ -1197,14 +1191,19 @@ def select_shards(rows: np.ndarray, wanted) -> np.ndarray:
     return rows[np.isin(rows["shard"], list(map(os.fsencode, wanted)))]
 
 
+def missing_shards(folder: Path, rows: np.ndarray) -> list[str]:
+    """Names in an index of this folder whose shards are not there."""
+    return [name for name in shard_counts(rows) if not (folder / name).exists()]
+
+
 def find_index(folder: Path, paths: list[Path]) -> np.ndarray:
     """The rows of these shards: of the folder's index or, where none fits, of one in the cache."""
     sizes = {path.name: path.stat().st_size for path in paths}
     if (folder / INDEX).exists():
         with contextlib.suppress(UserError):
             rows = read_index(folder / INDEX)
+            gone = missing_shards(folder, rows)
             known = dict(zip(decode_texts(rows["shard"]), rows["shard_bytes"].tolist()))
-            gone = [name for name in known if not (folder / name).exists()]
             if gone:
                 note(f"{folder / INDEX} names {len(gone)} shards that are not there, such as "
                      f"{gone[0]}; the others are used")
@@ -1320,8 +1319,9 @@ class XRays(torch.utils.data.Dataset):
         return open(self.shard_of(i), "rb")
 
     def _content(self, i: int, part: str) -> bytes:
-        with self.open(i) as file:
-            return read_span(file, int(self.rows[part][i]), int(self.rows[f"{part}_bytes"][i]))
+        with self.open(i) as file:  # a damaged index may say anything
+            file.seek(max(0, self.rows[part][i]))
+            return file.read(np.clip(self.rows[f"{part}_bytes"][i], 0, MAX_BYTES))
 
     def _decode(self, i: int, part: str) -> np.ndarray:
         key = os.fsdecode(self.rows["key"][i])
@@ -1379,16 +1379,14 @@ def open_data(spec: str, size: int, seed: int = 0, count: int | None = None,
         return _open_phantoms(size, count or 4096, seed)
     if spec.startswith(("hf://", "pipe:")):
         return open_remote(spec, size, count, cache_gb)
-    if path.is_dir():
-        paths = sorted(filter(Path.is_file, path.glob("*.tar")))
+    parent, pattern = (path, "*.tar") if path.is_dir() else (path.parent, path.name)
+    # A folder that is there may have a name with [ or *.
+    place = glob.escape(str(parent)) if parent.is_dir() else parent
+    found = map(Path, glob.glob(f"{place}/{pattern}", recursive=True))
+    paths = [path] if path.is_file() else sorted(filter(Path.is_file, found))
+    is_world = path.is_file() and path.suffix != ".tar"
+    if path.is_dir() and not (path / INDEX).exists():
         is_world = not paths or labels or any(map(WORLD.search, walk(path)))
-        is_world = is_world and not (path / INDEX).exists()
-    else:
-        folder = str(path.parent)  # one that is there may have a name with [ or *
-        folder = glob.escape(folder) if path.parent.is_dir() else folder
-        found = map(Path, glob.glob(f"{folder}/{path.name}", recursive=True))
-        paths = [path] if path.is_file() else sorted(filter(Path.is_file, found))
-        is_world = path.is_file() and path.suffix != ".tar"
     if is_world:
         paths = _prepared(path, size, labels)
     elif labels:
@@ -1558,15 +1556,14 @@ def open_remote(spec: str, size: int, count: int | None, cache_gb: float) -> XRa
         note(f"{spec}: out of reach; the {len(cached)} files in the hub's cache are used")
         return open_shards(spec, size, cached, count)
     counts = shard_counts(rows)
-    wanted = fnmatch.filter(counts, os.path.basename(pattern))
+    wanted = {name: counts[name] for name in fnmatch.filter(counts, os.path.basename(pattern))}
     strange = [name for name in wanted if not re.fullmatch(r"[\w+@=][\w.+@=-]*", name)]
     if strange or not wanted:  # names reach a shell
         raise UserError(f"{spec}: its index names the shards {[*strange, *counts][:3]}; expected "
                         f"{pattern}, of letters, digits and ._-+@=")
     if {path.name for path in cached}.issuperset(wanted):
         return open_shards(spec, size, cached, count)
-    shards = {name: counts[name] for name in wanted}
-    return XRays(spec, size, shards, select_shards(rows, shards), count, remote)
+    return XRays(spec, size, wanted, select_shards(rows, wanted), count, remote)
 
 
 # ---- prepare and check: any pile of X-rays -> shards (paper 2.1) ----
@@ -1612,7 +1609,7 @@ def walk(root, skip=None) -> dict[str, str]:
     nothing hidden, no system folders, not the folder `skip`. Of a file: itself."""
     if os.path.isfile(root):
         return {os.path.basename(root): str(root)}
-    found = {}  # by inode
+    paths = []
     seen = {os.path.realpath(skip)} if skip else set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=note):
         place = os.path.realpath(folder)
@@ -1621,14 +1618,11 @@ def walk(root, skip=None) -> dict[str, str]:
             continue
         seen.add(place)
         folders[:] = sorted(name for name in folders if not SYSTEM.match(name))
-        for name in sorted(names):
-            path = os.path.join(folder, name)
-            if SYSTEM.match(name) or not os.path.isfile(path):
-                continue
-            status = os.stat(path)
-            known = found.setdefault((status.st_dev, status.st_ino), path)
-            if os.path.islink(known) and not os.path.islink(path):
-                found[status.st_dev, status.st_ino] = path
+        paths += [os.path.join(folder, name) for name in sorted(names) if not SYSTEM.match(name)]
+    found = {}  # by inode
+    for path in sorted(filter(os.path.isfile, paths), key=os.path.islink):  # links come last
+        status = os.stat(path)
+        found.setdefault((status.st_dev, status.st_ino), path)
     return {os.path.relpath(path, root): path for path in sorted(found.values())}
 
 
@@ -1696,23 +1690,28 @@ def unpack(archive: str, folder: Path, problems: dict[str, str]) -> None:
     """Write the files of a zip or tar to `folder`. `problems` takes up {name: why} of those that
     cannot be read; of an archive that is cut short, what comes before is used."""
     left = max(UNPACKED * os.path.getsize(archive), 2**30)
-    is_zip = archive.lower().endswith(".zip")
     inside = os.path.basename(archive)
     folder.mkdir(parents=True)
     try:
-        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, tarinfo=Member) as file:
-            for member in file.infolist() if is_zip else tar_members(file):
-                name = member.filename if is_zip else member.name
-                size = member.file_size if is_zip else member.size
-                if name.endswith("/") or (not is_zip and member.isdir()):
-                    continue
-                try:
-                    _write_member(file, member, name, size, left, folder)
-                    left -= size
-                except Exception as error:  # zipfile, tarfile, zlib and lzma have many kinds
-                    if getattr(error, "errno", None):  # of the disk, not of the archive
-                        raise
-                    problems[f"{inside}: {name}"] = first_line(error)
+        for name, size, open_member in archive_files(archive):
+            try:
+                if name.startswith("/") or ".." in name.split("/"):
+                    raise ValueError("its path leads out of the archive")
+                if size is None:
+                    raise ValueError("a link or a device")
+                if size > min(left, MAX_BYTES):
+                    raise ValueError(f"{size:,} bytes are too many")
+                if ARCHIVES.search(name):
+                    raise ValueError("an archive within an archive: unpack it first")
+                with open_member() as part:
+                    content = part.read(size)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+                left -= size
+            except Exception as error:  # zipfile, tarfile, zlib and lzma have many kinds
+                if getattr(error, "errno", None):  # of the disk, not of the archive
+                    raise
+                problems[f"{inside}: {name}"] = first_line(error)
     except (*DAMAGED, OSError) as error:
         if getattr(error, "errno", None):
             raise
@@ -1720,22 +1719,19 @@ def unpack(archive: str, folder: Path, problems: dict[str, str]) -> None:
         note(f"{inside}: {problems[inside]}; what comes before is used")
 
 
-def _write_member(file, member, name: str, size: int, left: int, folder: Path) -> None:
-    """One file of an archive, whole, within `folder`; ValueError says why not."""
-    if name.startswith("/") or ".." in name.split("/"):
-        raise ValueError("its path leads out of the archive")
-    if size > min(left, MAX_BYTES):
-        raise ValueError(f"{size:,} bytes are too many")
-    if ARCHIVES.search(name):
-        raise ValueError("an archive within an archive: unpack it first")
-    if isinstance(member, tarfile.TarInfo) and not member.isreg():
-        raise ValueError("a link or a device")
-    open_member = file.open if isinstance(file, zipfile.ZipFile) else file.extractfile
-    with open_member(member) as part:
-        content = part.read(size)
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+def archive_files(archive: str):
+    """(name, size, function that opens it) of a zip's or tar's files; None is a link's size."""
+    if archive.lower().endswith(".zip"):
+        with zipfile.ZipFile(archive) as file:
+            for member in file.infolist():
+                if not member.is_dir():
+                    yield member.filename, member.file_size, functools.partial(file.open, member)
+        return
+    with tarfile.open(archive, tarinfo=Member) as file:
+        for member in tar_members(file):
+            if not member.isdir():
+                size = member.size if member.isreg() else None
+                yield member.name, size, functools.partial(file.extractfile, member)
 
 
 def pair_masks(names) -> dict[str, list[str]]:
@@ -1831,23 +1827,37 @@ def prepare(s: Prepare) -> None:
                 name = min(unreadable)
                 note(f"{len(unreadable):,} files could not be read; {out}/unreadable.json names "
                      f"them. The first, {name}: {unreadable[name]}")
-            index_folder(out)
-            images = len(read_index(out / INDEX))
+            images = index_folder(out)
             print(f"{images:,} images in {len(jobs)} shards with their index: {out}/")
         finally:
             shutil.rmtree(out / ".unpacked", ignore_errors=True)
 
 
 def find_films(s: Prepare, files: dict[str, str]) -> list[Film]:
-    """Of {name: path} of pictures: each X-ray with its masks, patient and labels, in a fixed
-    order."""
+    """Of {name: path} of pictures: each X-ray with its masks, and patient and labels by --labels
+    or the CSVs in or beside the source, in a fixed order."""
     masks = pair_masks(files)
     if not masks:
         raise UserError(f"{s.source} holds no X-rays; expected {' '.join(PICTURES)}, or zip or tar "
                         "files of them")
+    table = {}
+    for path in [s.labels] if s.labels else label_csvs(s.source):
+        try:
+            table |= read_labels(path)
+        except UserError as error:
+            if s.labels:
+                raise
+            note(f"skipped: {error}")
+    rows = match_labels(table, list(masks), os.path.abspath(s.source))
+    if table:
+        matched = len(rows) - rows.count(None)
+        if not matched:
+            raise UserError(f"none of the {len(table):,} files that the labels name, such as "
+                            f"{next(iter(table))}, is among the images, such as {min(masks)}")
+        note(f"labels of {s.source}: matched {matched:,} of {len(rows):,} images")
     is_mimic = bool(s.labels) and os.path.isdir(s.labels)  # its tables name frontal views alone
     films = {}
-    for name, row in zip(masks, find_labels(s, list(masks))):
+    for name, row in zip(masks, rows):
         if row is None and is_mimic:
             continue
         patient, labels = row or ("", ())
@@ -1861,53 +1871,28 @@ def find_films(s: Prepare, files: dict[str, str]) -> list[Film]:
     return list(films.values())
 
 
-def find_labels(s: Prepare, names: list[str]) -> list:
-    """(patient, labels) of each image, or None, by --labels or the CSVs in or beside the source."""
-    table = {}
-    for path in [s.labels] if s.labels else label_csvs(s.source):
-        try:
-            table |= read_labels(path)
-        except UserError as error:
-            if s.labels:
-                raise
-            note(f"skipped: {error}")
-    rows = match_labels(table, names, os.path.abspath(s.source))
-    matched = len(rows) - rows.count(None)
-    if table and not matched:
-        raise UserError(f"none of the {len(table):,} files that the labels name, such as "
-                        f"{next(iter(table))}, is among the images, such as {names[0]}")
-    if table:
-        note(f"labels of {s.source}: matched {matched:,} of {len(names):,} images")
-    return rows
-
-
 def _prepare_shard(path: Path, films: list[Film], s: Prepare) -> None:
     """A shard; a file beside it, which is there first, names what cannot be read."""
     unreadable = {}
     report = path.with_suffix(".unreadable.json")
-    write_shard(path, _read_films(report, films, s, unreadable))
-    if not unreadable:
+    with whole(path) as partial:
+        samples = (read_film(film, s, unreadable) for film in films)
+        write_shard(partial, filter(None, samples))
+        if unreadable:
+            write_json(report, unreadable)
+    if not unreadable:  # all that an earlier run could not read was mended
         report.unlink(missing_ok=True)
-
-
-def _read_films(report: Path, films: list[Film], s: Prepare, unreadable: dict[str, str]):
-    for film in films:
-        sample = read_film(film, s, unreadable)
-        if sample:
-            yield sample
-    if unreadable:
-        write_json(report, unreadable)
 
 
 def read_film(film: Film, s: Prepare, unreadable: dict[str, str]) -> Sample | None:
     """An X-ray and its masks, cropped alike; `unreadable` takes up {name: why}."""
+    name, *masks = film.files
     pictures = {}
-    for name, path in film.files.items():
+    for part, path in film.files.items():
         try:
-            pictures[name] = load_image(path, name)
+            pictures[part] = load_image(path, part)
         except Unreadable as error:
-            unreadable[name] = str(error)
-    name = next(iter(film.files))
+            unreadable[part] = str(error)
     image = pictures.pop(name, None)
     if image is None:
         return None
@@ -1921,7 +1906,7 @@ def read_film(film: Film, s: Prepare, unreadable: dict[str, str]) -> Sample | No
         mask = Image.fromarray(mask > least)  # SCR's masks have half the size
         mask = np.array(mask.resize(image.shape[::-1], Image.NEAREST), np.uint8)
         lungs.append(resize(mask[part], s.size, Image.NEAREST) > 0)
-    is_whole = 0 < len(lungs) == len(film.files) - 1
+    is_whole = 0 < len(lungs) == len(masks)
     provider = s.provider or ARCHIVES.sub("", Path(s.source).absolute().name)
     return Sample(film.key, resize(image[part], s.size), film.patient, provider, film.labels,
                   lung_mask(lungs) if is_whole else None, {"file": name})
@@ -1940,8 +1925,7 @@ def check(s: Check) -> None:
         problems.append(f"{twice} images have the key of another one")
     for folder in {Path(shard).parent for shard in ds.shards if not ds.remote}:
         with contextlib.suppress(UserError):
-            names = shard_counts(read_index(folder / INDEX))
-            gone = [name for name in names if not (folder / name).exists()]
+            gone = missing_shards(folder, read_index(folder / INDEX))
             problems += [f"{folder / name}: missing, but in {INDEX}" for name in gone]
     if problems:
         print("\n".join(problems[:50]))
@@ -1961,20 +1945,28 @@ def batches(ds, batch: int, start_step: int = 0, seed: int = 0, rank: int = 0, w
     rank r has the r-th of `world` equal slices. So a step depends on (seed, step) alone.
     """
     micro_batch = micro_batch or batch // world
-    assert batch % (world * micro_batch) == 0, (batch, world, micro_batch)
-    places = _places(ds, seed, batch, start_step, rank, world, micro_batch)
-    reader = _Reader(ds, read)
+    passes = batch // (world * micro_batch)
+    assert batch == passes * world * micro_batch, (batch, world, micro_batch)
+
+    def read_part(k):
+        """The k-th micro-batch. Errors travel as values: the user sees one line, no traceback."""
+        step = start_step + k // passes
+        first = step * batch + (rank * passes + k % passes) * micro_batch
+        ids = images_at(ds, seed, first + np.arange(micro_batch))
+        try:
+            return step, torch.from_numpy(ids), read(ids, step) if read else ds.read(ids)
+        except (UserError, OSError) as error:
+            return UserError(str(error))
+
     options = {}
     if workers:
-        first = next(places)
-        places = itertools.chain([first], places)
-        workers = fit_shared_memory(workers, len(pickle.dumps(reader[first])))
+        workers = fit_shared_memory(workers, len(pickle.dumps(read_part(0))))
     if workers:
         options = {"multiprocessing_context": "fork", "worker_init_fn": _start_reader}
     # TRAP: without its own generator a DataLoader draws from the global one: resuming shifts it.
     loader = torch.utils.data.DataLoader(
-        reader, sampler=places, batch_size=None, generator=torch.Generator(), num_workers=workers,
-        pin_memory=torch.cuda.is_available(), **options)
+        range(sys.maxsize), batch_size=None, collate_fn=read_part, generator=torch.Generator(),
+        num_workers=workers, pin_memory=torch.cuda.is_available(), **options)
     ahead = WINDOW * len(ds) // len(ds.shards)  # images until the next window, whose shards come
     for item in loader:
         if isinstance(item, UserError):
@@ -1989,29 +1981,6 @@ def images_at(ds, seed: int, places: np.ndarray) -> np.ndarray:
     """ids of the images at these places of the epochs of `seed`, end to end."""
     return np.array([ds.order(seed, place // len(ds))[place % len(ds)]
                      for place in places.tolist()])
-
-
-def _places(ds, seed, batch, start_step, rank, world, micro_batch):
-    """(step, ids) of each micro-batch of this rank."""
-    share = batch // world
-    for step in itertools.count(start_step):
-        ids = images_at(ds, seed, step * batch + rank * share + np.arange(share))
-        for part in ids.reshape(-1, micro_batch):
-            yield step, part
-
-
-class _Reader(torch.utils.data.Dataset):
-    """Reads a micro-batch. Errors travel as values: the user sees one line, no traceback."""
-
-    def __init__(self, ds, read):
-        self.read = read or (lambda ids, step: ds.read(ids))
-
-    def __getitem__(self, place):
-        step, ids = place
-        try:
-            return step, torch.from_numpy(ids), self.read(ids, step)
-        except (UserError, OSError) as error:
-            return UserError(str(error))
 
 
 def _start_reader(worker: int) -> None:
@@ -2106,7 +2075,7 @@ def grid(images, columns: int, captions=None, row_titles=None, title=None) -> Im
         y, x = divmod(k, columns)
         x = left + x * (side + 4)
         y = top + y * pitch
-        sheet.paste(tile.resize((tile.width * zoom, tile.height * zoom), Image.NEAREST), (x, y))
+        sheet.paste(ImageOps.scale(tile, zoom, Image.NEAREST), (x, y))
         draw_text(x, y + side, side, captions[k] if captions else "")
     for k, text in enumerate(row_titles or ()):
         draw_text(4, top + k * pitch + side // 2, side - 8, text)
