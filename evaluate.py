@@ -149,45 +149,39 @@ TINY = {
     Segment: Segment(count=32, coarse=12), Audit: Audit(count=64, **FEW)}
 
 
-ALLOWED = {"checkpoints": ("one", "all"), "candidates": ("parts", "segments"),
-           "strategies": ("reconstruct", "interpolate"), "timesteps": range(1000),
-           "protocol": ("auto", "xrv-224", "local", "dino")}
-# The smallest values of other numbers, where they are not 1.
-LEAST = {"seed": 0, "prevalence": 0, "held_out": 0, "count": 0, "folds": 2, "batch": 2, "lr": 0,
-         "weight_decay": 0, "patience": 0, "size": 32, "workers": 0,
-         "thresholds": 1e-6, "last": 0}
+WORDS = {"checkpoints": ("one", "all"), "candidates": ("parts", "segments"),
+         "strategies": ("reconstruct", "interpolate"),
+         "protocol": ("auto", "xrv-224", "local", "dino")}
+# The smallest values of numbers, where they are not 1.
+LEAST = {"folds": 2, "batch": 2, "size": 32, "thresholds": 1e-6} | dict.fromkeys(
+    "seed prevalence held_out count lr weight_decay patience workers last timesteps".split(), 0)
 
 
 def check_settings(s) -> None:
     """UserError where one of a command's settings is out of range, or a list has a value twice."""
     for name, value in vars(s).items():
         values = value if type(value) is tuple else (value,)
-        least = LEAST.get(name, 1)
-        expected = ALLOWED.get(name, f"numbers from {least}")
-        is_odd = len(set(values)) < len(values)
-        for v in values:
-            if name in ALLOWED:
-                is_odd |= v not in expected
-            elif type(v) in (int, float):
-                is_odd |= not v >= least
-        if type(expected) is tuple:
-            expected = " or ".join(expected)
-        elif type(expected) is range:
-            expected = f"numbers from 0 to {max(expected)}"
-        if is_odd:
+        numbers = [v for v in values if type(v) in (int, float)]
+        low = LEAST.get(name, 1)
+        high = 999 if name == "timesteps" else math.inf
+        expected = f"numbers from {low}" + f" to {high}" * (high < math.inf)
+        is_sound = all(low <= v <= high for v in numbers)
+        if name in WORDS:
+            expected = " or ".join(WORDS[name])
+            is_sound = set(values) <= set(WORDS[name])
+        if not is_sound or len(set(values)) < len(values):
             raise UserError(f"found --{name.replace('_', '-')} {' '.join(map(str, values))}, "
                             f"expected {expected}{', none twice' * (len(values) > 1)}")
 
 
 def defaults_for(kind, argv):
     """Settings of a command before its flags: TINY's where argv's run (or the newest) is tiny."""
-    is_tiny = True  # also where there is no such run, which the command itself will say
+    named = re.search(r"(?:^|\0)--run-dir[=\0]([^\0]+)", "\0".join(argv))
     try:
-        named = re.search(r"(?:^|\0)--run-dir[=\0]([^\0]+)", "\0".join(argv))
         folder = Path(named[1]) if named else dinodiff.newest_run()
         is_tiny = data.read_json(folder / "config.json").get("preset") == "tiny"
     except (UserError, OSError):
-        pass
+        is_tiny = True  # the command itself will say that there is no such run
     return TINY[kind] if is_tiny else kind()
 
 
@@ -517,31 +511,18 @@ def chart(path, rows, name, x, y, title, labels, is_bars=False) -> str:
 # ---- DenseNet (Huang et al. 2017; torchvision's and torchxrayvision's key names) ---------------
 
 
-class DenseLayer(nn.Module):
-    """BN-ReLU-1x1, BN-ReLU-3x3: `growth` new channels from all that came before."""
+class DenseLayer(nn.Sequential):
+    """`growth` new channels from all that came before, which stay."""
 
     def __init__(self, channels: int, growth: int):
-        super().__init__()
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv1 = nn.Conv2d(channels, 4 * growth, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(4 * growth)
-        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+        super().__init__(OrderedDict(
+            norm1=nn.BatchNorm2d(channels), relu1=nn.ReLU(),
+            conv1=nn.Conv2d(channels, 4 * growth, 1, bias=False),
+            norm2=nn.BatchNorm2d(4 * growth), relu2=nn.ReLU(),
+            conv2=nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)))
 
     def forward(self, x: Tensor) -> Tensor:
-        new = self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
-        return torch.cat([x, new], 1)
-
-
-class Transition(nn.Module):
-    """BN-ReLU-1x1 to half the channels, then half the side."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels)
-        self.conv = nn.Conv2d(channels, channels // 2, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(self.conv(F.relu(self.norm(x))), 2)
+        return torch.cat([x, super().forward(x)], 1)
 
 
 class DenseNet(nn.Module):
@@ -564,7 +545,9 @@ class DenseNet(nn.Module):
             self.features.add_module(f"denseblock{i}", nn.Sequential(block))
             width += layers * growth
             if i < len(blocks):
-                self.features.add_module(f"transition{i}", Transition(width))
+                self.features.add_module(f"transition{i}", nn.Sequential(OrderedDict(
+                    norm=nn.BatchNorm2d(width), relu=nn.ReLU(),
+                    conv=nn.Conv2d(width, width // 2, 1, bias=False), pool=nn.AvgPool2d(2))))
                 width //= 2
         self.features.add_module("norm5", nn.BatchNorm2d(width))  # "5" at any number of blocks
         self.classifier = nn.Linear(width, num_classes)
@@ -588,9 +571,9 @@ class DenseNet(nn.Module):
         """DenseNet-121 of a folder, a `.safetensors`, a pickled `.pt` (never run) or the hub."""
         path = Path(source).expanduser()
         if str(source) == XRV and not path.exists():  # a pickled module
-            path = data.hub_files(XRV, ["model.pt"], revision)[0] / "model.pt"
-        elif (path / "model.pt").is_file():
-            path = path / "model.pt"
+            path = data.hub_files(XRV, ["model.pt"], revision)[0]
+        if (path / "model.pt").is_file():
+            path /= "model.pt"
         if path.suffix in (".pt", ".pth", ".bin") and path.is_file():
             state = read_pickled_tensors(path)
         else:
@@ -609,17 +592,15 @@ class DenseNet(nn.Module):
 # ---- A pickled module's tensors, without running it --------------------------------------------
 
 
-class Inert:
-    """Stands in for every class and function that a pickle names: it never runs anything."""
-
-    def __new__(cls, *args, **named):
-        return object.__new__(cls)
+class Inert(nn.Module):
+    """Stands in for every class and function that a pickle names: a module without any code."""
 
     def __init__(self, *args, **named):
-        pass
+        super().__init__()
 
     def __setstate__(self, state):
-        self.__dict__.update(state if type(state) is dict else {})
+        if type(state) is dict:
+            super().__setstate__(state)
 
     def ignore(self, *args):
         pass
@@ -628,11 +609,11 @@ class Inert:
 
 
 class TensorsOnly(pickle.Unpickler):
-    """Builds tensors, dicts and plain values; all else that a pickle names is Inert."""
+    """Builds tensors, dicts, sets and plain values; all else that a pickle names is Inert."""
 
     def find_class(self, module, name):  # torch.load itself answers for the names of storages
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
+        if name in ("OrderedDict", "set") and module in ("collections", "builtins", "__builtin__"):
+            return {"OrderedDict": OrderedDict, "set": set}[name]
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
             return getattr(torch._utils, name)
         return type(name, (Inert,), {})
@@ -662,8 +643,10 @@ def read_pickled_tensors(path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the pickled class's source cannot be compared
             found = torch.load(io.BytesIO(content), "cpu", reader, weights_only=False)
-        found = found.get("state_dict", found) if hasattr(found, "get") else found
-        state = dict(named_tensors(found, ""))
+        if isinstance(found, Inert):
+            found = found.state_dict()
+        found = found.get("state_dict", found)
+        state = {name: tensor for name, tensor in found.items() if torch.is_tensor(tensor)}
     except UserError:
         raise
     except Exception as error:  # a damaged file can raise anything
@@ -672,17 +655,6 @@ def read_pickled_tensors(path) -> dict[str, Tensor]:
     if not state:
         raise UserError(f"{path} holds no tensors; expected what torch.save makes of a module")
     return state
-
-
-def named_tensors(found, prefix):
-    """(key, tensor) of a state dict, or of a stubbed module's _parameters, _buffers, _modules."""
-    is_module = hasattr(found, "_modules")
-    items = {**found._parameters, **found._buffers} if is_module else found
-    for name, tensor in items.items():
-        if torch.is_tensor(tensor):
-            yield prefix + name, tensor.clone()
-    for name, child in getattr(found, "_modules", {}).items():
-        yield from named_tensors(child, f"{prefix}{name}.")
 
 
 # ---- Features, by named protocols (paper 2.4) --------------------------------------------------
@@ -1489,10 +1461,10 @@ def open_model(m, s, name, step):
 
 def attention_maps(s, run, c, images, t) -> dict[str, Tensor]:
     """{"all maps": A (B, S², S²), and of the --last ones}, from one UNet pass."""
-    lasts = {"all maps": 0} | ({f"last {s.last} maps": s.last} if s.last else {})
     own = encode_tokens(run, images)
     c = own if c is None else c.to(own).expand(len(images), -1, -1)
-    return dict(zip(lasts, diffseg.attentions(run, images, c, t, [*lasts.values()])))
+    maps = diffseg.attentions(run, images, c, t, sorted({0, s.last}))
+    return dict(zip(("all maps", f"last {s.last} maps"), maps))
 
 
 def score_image(s, A, M, image, truth) -> list[dict]:
@@ -1524,9 +1496,9 @@ def score_images(m, s, run, c, grids, t, ids) -> list[dict]:
     maps = attention_maps(s, run, c, images, t)
 
     def score(k, name, M):
+        own = {"key": int(ids[k]), "maps": name, "M": M}
         found = score_image(s, maps[name][k], M, images[k].numpy(), m.ds.mask(ids[k]))
-        return [{"key": int(ids[k]), "maps": name, "M": M, "tau": row["tau"],
-                 "oracle": row["oracle"], "rule": row["rule"]} for row in found]
+        return [own | {key: row[key] for key in ("tau", "oracle", "rule")} for row in found]
 
     settings = itertools.product(range(len(ids)), maps, grids)
     with ThreadPoolExecutor(max(1, data.cores() // ranks()[1])) as threads:
