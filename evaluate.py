@@ -113,6 +113,12 @@ class Classify(Labelled):
     workers: int = 0  # trainings at once on this rank; 0: one per core on a CPU, one on a GPU
     net: tuple = field(default=(32, (6, 12, 24, 16), 64), metadata={"flag": False})  # DenseNet-121
 
+    @property
+    def recipe(self) -> list:
+        """All of these on which a trained net depends."""
+        names = "epochs batch lr weight_decay patience early_stop size net folds seed"
+        return [getattr(self, name) for name in names.split()]
+
 
 @dataclass(frozen=True)
 class Segment(Common):
@@ -216,6 +222,12 @@ def on_all_ranks(rows, batch, compute, desc=""):
     return np.concatenate(found) if found else np.empty(0)
 
 
+def vectors(vector, pictures, ids, batch=256) -> Tensor:
+    """vector(images) of pictures(ids), (n, d), by all ranks."""
+    found = on_all_ranks(ids, batch, lambda some: vector(pictures(some)), "features")
+    return torch.from_numpy(found)
+
+
 def cached(m, name, depends_on, compute):
     """What compute() returns (JSON), kept in m.out/cache under the digest of all it depends on.
 
@@ -225,8 +237,7 @@ def cached(m, name, depends_on, compute):
     found = on_rank_0(lambda: data.read_json(path) if path.is_file() else {})
     if "value" not in found:
         found = {"value": compute()}
-        if ranks()[0] == 0:
-            data.write_json(path, found)
+        on_rank_0(lambda: data.write_json(path, found))
     return found["value"]
 
 
@@ -261,7 +272,7 @@ class Measurement:
     ds: data.XRays  # what it is measured on
     pool: np.ndarray = None  # indices that may train a classifier
     test: np.ndarray = None  # indices held out, of other patients; or those with masks
-    names: list = ()  # findings; or the set of each image with masks
+    names: list = ()  # findings; or an array, the set of each image with masks
     targets: np.ndarray = None  # float32 (len(ds), findings)
     patients: np.ndarray = None  # of each image; one of its own where the patient is unknown
 
@@ -356,8 +367,8 @@ def open_labelled(s) -> Measurement:
         raise UserError(f"{m.ds.name}: found {times} images of the name {key}, expected a name for "
                         "each: measure such sets apart, or prepare them under other names")
     counts = Counter(itertools.chain(*m.ds.labels))
-    common = [name for name in data.label_names(m.ds.labels)
-              if counts[name] >= s.prevalence * len(m.ds) and name not in data.NO_DIAGNOSES]
+    common = [name for name in sorted(counts.keys() - data.NO_DIAGNOSES)
+              if counts[name] >= s.prevalence * len(m.ds)]
     m.names = list(s.findings) or common
     missing = sorted(set(m.names) - set(counts))
     if missing:
@@ -883,14 +894,12 @@ def fid(s: Fid) -> None:
                         "DDIM steps"}
     key = [weights_digest(net), test.tolist(), others.tolist()]
 
-    def features(rows, pictures):
-        return on_all_ranks(rows, s.micro_batch, lambda some: embed(pictures(some)), "features")
-
     def row(kind, step, rows, pictures, *depends_on):
         groups = m.patients[test] if rows is test else (m.patients[test], m.patients[rows])
 
         def compute():
-            real, fake = features(test, m.ds.read), features(rows, pictures)
+            real = vectors(embed, m.ds.read, test, s.micro_batch)
+            fake = vectors(embed, pictures, rows, s.micro_batch)
             return on_rank_0(lambda: distances(real, fake, groups))  # the algebra once
 
         return base | {"kind": kind, "step": step, "images": len(rows)} | cached(
@@ -1173,15 +1182,12 @@ def classify(s: Classify) -> None:
              for k, n, kind in itertools.product(range(s.folds), picks, kinds)]
     jobs = [plan_fold(m, s, cell, subset, folds, made, folder.name) for cell in cells]
     results = on_all_ranks(jobs, len(jobs), functools.partial(train_all, s, m))
-    recipe = m.key(m.pool.tolist(), m.test.tolist(), [getattr(s, name) for name in RECIPE])
+    recipe = m.key(m.pool.tolist(), m.test.tolist(), s.recipe)
     protocol = (f"{', '.join(m.names)}, {len(m.test)} test images of {m.ds.name}, {m.run.size} px; "
                 f"{s.folds} folds, {s.epochs} epochs at {s.size} px, lr {s.lr:g}, {s.steps} DDIM "
                 f"steps, recipe {recipe[:6]}")
     base = {"run": m.run.folder.name, "step": m.run.step, "protocol": protocol}
     finish(m, "classify", [base | cell | result for cell, result in zip(cells, results)])
-
-
-RECIPE = "epochs batch lr weight_decay patience early_stop size net folds seed".split()
 
 
 def plan_fold(m, s, cell, subset, folds, made, generator) -> tuple:
@@ -1191,8 +1197,7 @@ def plan_fold(m, s, cell, subset, folds, made, generator) -> tuple:
     rows = np.setdiff1d(np.arange(n), folds[n][k])
     parts = {"train": Subset(real, rows), "val": Subset(real, folds[n][k]),
              "test": real_pictures(m, m.test, s.size)}
-    depends_on = [m.names, subset[:n].tolist(), m.test.tolist(), cell,
-                  [getattr(s, name) for name in RECIPE]]
+    depends_on = [m.names, subset[:n].tolist(), m.test.tolist(), cell, s.recipe]
     if ratio:  # the first images inside, so 1:50 contains 1:10
         pairs = made[cell["strategy"], n]
         extra = Subset(pairs.pictures, pairs.inside(rows)[:ratio * len(rows)])
@@ -1264,11 +1269,11 @@ def summarise(rows) -> list[dict]:
 
     The real-only baseline of an N is the first run's; of the ratios the best is bold.
     """
+    fields = ("N", "run", "experiment", "strategy", "ratio")
     aucs = defaultdict(dict)
     for row in rows:
-        run = row["run"] if row["ratio"] else ""
-        cell = row["N"], run, row["experiment"], row["strategy"], row["ratio"]
-        aucs[cell].setdefault(row["fold"], row.get("test", math.nan))
+        named = row if row["ratio"] else row | {"run": ""}
+        aucs[tuple(map(named.get, fields))].setdefault(row["fold"], row.get("test", math.nan))
     found = []
     for cell, folds in aucs.items():
         base = aucs[cell[0], "", "real", "only", 0]
@@ -1280,7 +1285,7 @@ def summarise(rows) -> list[dict]:
         sd = both[0].std(ddof=1)
         p, corrected = paired_tests(*both, 1 / (len(folds) - 1))
         low, gain, high = [100 * (auc / real - 1) for auc in (mean - sd, mean, mean + sd)]
-        found.append(dict(zip(("N", "run", "experiment", "strategy", "ratio"), cell)) | {
+        found.append(dict(zip(fields, cell)) | {
             "cell": cell[:4], "mean": mean, "text": f"{mean:.3f} ± {sd:.3f}",
             "mark": "*" * int(p < 0.05) + "†" * int(corrected < 0.05),
             "gain": gain, "gain_low": low, "gain_high": high})
@@ -1409,20 +1414,19 @@ def dice_score(a, b) -> float:
 def open_lungs(s: Segment) -> Measurement:
     """The images with masks, at most --count of each set, in m.test; the set of each in m.names."""
     m = open_measurement(s, 2_000_003, 4 * (s.count or 256))
-    m.test, m.names = [], []
-    sets = defaultdict(list)
-    for i, provider in enumerate(m.ds.providers):
-        sets[provider or m.ds.name].append(i)
-    for name, rows in sets.items():
+    sets = np.array([provider or m.ds.name for provider in m.ds.providers])
+    kept = []
+    for name in dict.fromkeys(sets.tolist()):
+        rows = np.flatnonzero(sets == name)
         if m.ds.seed is not None:  # one visit of each imaginary patient
             rows = np.unique(m.ds.patients, return_index=True)[1]
-        with_mask = [i for i in rows if m.ds.has_mask(i)]
-        kept = subsample(np.array(with_mask, int), s.count or len(rows))
-        m.test = np.concatenate([m.test, kept]).astype(int)
-        m.names += [name] * len(kept)
+        with_mask = rows[[m.ds.has_mask(i) for i in rows]]
+        kept.append(subsample(with_mask, s.count or len(rows)))
         m.notes.append(f"{name}: {len(rows) - len(with_mask)} of {len(rows)} images have no lung "
-                       f"mask and were left out; {len(kept)} are scored.")
-    if not m.names:
+                       f"mask and were left out; {len(kept[-1])} are scored.")
+    m.test = np.concatenate(kept)
+    m.names = sets[m.test]
+    if not len(m.test):
         raise UserError(f"{m.ds.name} has no lung masks; expected a set prepared with them")
     seen = seen_in_training(m)
     if seen:
@@ -1505,20 +1509,21 @@ def score_images(m, s, run, c, grids, t, ids) -> list[dict]:
         return list(itertools.chain(*threads.map(score, *zip(*settings))))
 
 
-def measure(m, s, name, step, timesteps, ids) -> list[dict]:
-    """Rows of images: the Dice of each at each t and setting, by one network at one checkpoint."""
-    run, c = open_model(m, s, name, step)
-    side = run.size // run.vae.config.factor
-    batch = max(1, min(16, 2**24 // side**4))  # no more than the maps of one image of 512 px
+def measure(m, s, name, steps, timesteps, ids) -> list[dict]:
+    """Rows of images: the Dice of each at each step, t and setting, by one network."""
     grids = s.init_grids if name == s.init else s.grids
-    depends_on = [name_of(run), [] if c is None else c.tolist(), ids.tolist(), s.thresholds, grids,
-                  s.last, s.candidates, s.refine]
     rows = []
-    for t in timesteps:
-        score = functools.partial(score_images, m, s, run, c, grids, t)
-        found = cached(m, "segment", [depends_on, t], lambda: on_all_ranks(
-            ids, batch, score, f"{name}, step {step}, t {t}").tolist())
-        rows += [row | {"step": step, "t": t} for row in found]
+    for step in steps:
+        run, c = open_model(m, s, name, step)
+        side = run.size // run.vae.config.factor
+        batch = max(1, min(16, 2**24 // side**4))  # no more than the maps of one image of 512 px
+        depends_on = [name_of(run), [] if c is None else c.tolist(), ids.tolist(), s.thresholds,
+                      grids, s.last, s.candidates, s.refine]
+        for t in timesteps:
+            score = functools.partial(score_images, m, s, run, c, grids, t)
+            found = cached(m, "segment", [depends_on, t], lambda: on_all_ranks(
+                ids, batch, score, f"{name}, step {step}, t {t}").tolist())
+            rows += [row | {"step": step, "t": t} for row in found]
     return rows
 
 
@@ -1552,13 +1557,10 @@ def best_of(rows, maps="all maps") -> dict:
 
 def coarse_sweep(m, s, t) -> tuple[list[dict], list[int]]:
     """-> rows of --coarse images of each set at every checkpoint, and the two best of these."""
-    names = np.array(m.names)
-    few = np.concatenate([subsample(m.test[names == name], s.coarse)
+    few = np.concatenate([subsample(m.test[m.names == name], s.coarse)
                           for name in dict.fromkeys(m.names)])
     steps = m.checkpoints if s.checkpoints == "all" else [m.run.step]
-    rows = []
-    for step in steps:
-        rows += summarise_dice(m, s, measure(m, s, OWN, step, [t], few), OWN, "coarse")
+    rows = summarise_dice(m, s, measure(m, s, OWN, steps, [t], few), OWN, "coarse")
     ranked = sorted(steps, key=lambda step: -best_of(matching(rows, {"step": step}))["dice"])
     return rows, ranked[:2]
 
@@ -1576,22 +1578,20 @@ def segment(s: Segment) -> None:
                        f"{own_vae[:80] or 'trained here'}.")
     base = min(s.timesteps, key=lambda t: abs(t - 300))
     rows = floor_rows(m, s)
-    for name in [s.init] * bool(s.init) + [UNTRAINED, OWN]:  # what may not open comes first
+    for name in filter(None, (s.init, UNTRAINED, OWN)):  # what may not open comes first
         fixed = 0
         steps = [0]
         if name == OWN:
             fixed = m.run.step
             coarse, steps = coarse_sweep(m, s, base)
             rows += coarse
-        images = []
-        for step in dict.fromkeys([*steps, fixed]):
-            images += measure(m, s, name, step, s.timesteps, m.test)
+        images = measure(m, s, name, dict.fromkeys([*steps, fixed]), s.timesteps, m.test)
         full = summarise_dice(m, s, images, name, "full")
-        first_grid = (s.init_grids if name == s.init else s.grids)[0]
         for maps in dict.fromkeys(row["maps"] for row in full):
             best = best_of(full, maps)
             oracle = {key: best[key] for key in ("by", *SETTING)}
-            rule = dict(zip(("by", *SETTING), ("rule", fixed, base, maps, first_grid, None)))
+            rule = {"by": "rule", "step": fixed, "t": base, "maps": maps, "M": full[0]["M"],
+                    "tau": None}
             for row in [*matching(full, oracle), *matching(full, rule)]:
                 row["is_headline"] = True
         rows += full
@@ -1618,7 +1618,7 @@ def gallery(m, s, best, rows) -> None:
     cells = []
     titles = []
     for name in dict.fromkeys(m.names):
-        order = sorted(m.test[np.array(m.names) == name].tolist(), key=dice.get)
+        order = sorted(m.test[m.names == name].tolist(), key=dice.get)
         for i in dict.fromkeys([*order[-2:], *order[:2]]):
             images = m.ds.read([i])
             image = images[0].numpy()
@@ -1630,8 +1630,8 @@ def gallery(m, s, best, rows) -> None:
                 cells.append(np.stack([image - green, image, image - green], 2))
             titles.append(f"{name}: {100 * dice[i]:.0f} %")
     captions = ["X-ray", "true lungs", "oracle", "rule"] * len(titles)
-    if ranks()[0] == 0:
-        data.save_png(m.out / "figure5-9.png", data.grid(cells, 4, captions, titles))
+    on_rank_0(lambda: data.save_png(m.out / "figure5-9.png",
+                                    data.grid(cells, 4, captions, titles)))
 
 
 def segment_section(rows, out, k=0) -> list[str]:
@@ -1694,12 +1694,6 @@ def likeness(distance, usual) -> dict:
             "chance": chance_below(distance[:, None], usual)}
 
 
-def vectors(vector, pictures, ids) -> Tensor:
-    """vector(images) of pictures(ids), (n, d), by all ranks."""
-    found = on_all_ranks(ids, 256, lambda some: vector(pictures(some)), "reading")
-    return torch.from_numpy(found)
-
-
 def make(m, s, ds, ids, variant=0) -> Tensor:
     """A reconstruction of each of ds[ids], by all ranks."""
     work = functools.partial(reconstruct, ds, s, m.run, variant=variant)
@@ -1748,21 +1742,13 @@ def audit(s: Audit) -> None:
         save_sheet(m.out / "audit.png", cells, len(near), titles)
         save_sheet(m.out / "figure8.png", torch.cat(failures), len(worst),
                    ["real", *[f"variant {k}" for k in range(4)]])
-    searched = {"the generator's training images": (m.train, trained, len(m.train)),
-                "the classifier's training part": (m.ds, subsample(m.pool, s.train_images),
-                                                   len(m.pool))}
-    copied = {}
-    for among, (ds, others, total) in searched.items():
-        if ds.seed == m.ds.seed:  # of the phantoms of two seeds two in a million look alike
-            copied[f"{among} ({len(others):,} of {total:,} compared with {len(unseen):,} of "
-                   f"{len(m.test):,} test images)"] = copies(m, unseen, ds, others)
-    rows += [{"among": among, "copies": names} for among, names in copied.items()]
+    copied = copies(m, unseen, s.train_images)
     base = {"run": m.run.folder.name, "step": m.run.step}
     try:
-        for among, names in copied.items():
-            check_leak(s, m, f"test images are copies among {among}", names)
+        for row in copied:
+            check_leak(s, m, f"test images are copies among {row['among']}", row["copies"])
     finally:  # what was computed stays
-        finish(m, "audit", [base | row for row in rows])
+        finish(m, "audit", [base | row for row in rows + copied])
 
 
 def save_sheet(path, images, columns, titles) -> None:
@@ -1770,12 +1756,21 @@ def save_sheet(path, images, columns, titles) -> None:
     data.save_png(path, data.grid(cells, columns, None, titles))
 
 
-def copies(m, ids, ds, others) -> list[str]:
-    """Test images whose thumbnails are those of ds[others], each with what it is a copy of."""
-    distance, index = torch.cdist(vectors(thumbnails, m.ds.read, ids),
-                                  vectors(thumbnails, ds.read, others)).min(1)
-    hits = np.flatnonzero(1 - distance**2 / 2 >= COPY)  # |a - b|² = 2 - 2 a·b
-    return [f"{m.ds.keys[ids[k]]} = {ds.keys[others[index[k]]]}" for k in hits]
+def copies(m, ids, count) -> list[dict]:
+    """Test images whose thumbnails are those of training images, each with what it is a copy of."""
+    rows = []
+    for among, ds, pool in (
+            ("the generator's training images", m.train, np.arange(len(m.train))),
+            ("the classifier's training part", m.ds, m.pool)):
+        others = subsample(pool, count)
+        if ds.seed == m.ds.seed:  # of the phantoms of two seeds two in a million look alike
+            likeness = vectors(thumbnails, m.ds.read, ids) @ vectors(thumbnails, ds.read, others).T
+            value, index = likeness.max(1)
+            named = [f"{m.ds.keys[ids[k]]} = {ds.keys[others[index[k]]]}"
+                     for k in np.flatnonzero(value >= COPY)]
+            rows.append({"copies": named, "among": f"{among} ({len(others):,} of {len(pool):,} "
+                         f"compared with {len(ids):,} of {len(m.test):,} test images)"})
+    return rows
 
 
 def audit_section(rows, out, k=0) -> list[str]:
@@ -1833,11 +1828,11 @@ def evaluate_all(s: Everything) -> None:
     folder = str(s.run_dir or dinodiff.newest_run())
     usual = vars(Everything())
     given = {key: value for key, value in vars(s).items() if value != usual[key]}
+    given["run_dir"] = folder
     failed = []
     for name, (kind, function, _) in COMMANDS.items():
         settings = defaults_for(kind, ["--run-dir", folder])
         changed = {key: given[key] for key in given if hasattr(settings, key)}
-        changed["run_dir"] = folder
         if name == "segment" and s.lungs:
             changed |= {"data": s.lungs, "labels": ""}
         try:
@@ -1868,20 +1863,23 @@ def write_report(places: dict[Path, Path], out: Path, notes=()) -> None:
 
     places: {folder of results: folder of the run}. UserError where one of them has no results.
     """
-    found = {name: [read_rows(place / f"{name}.json") for place in places] for name in COMMANDS}
-    for k, place in enumerate(places):
-        if not any(rows[k] for rows in found.values()):
-            raise UserError(f"{places[place]}: no results in {place}, expected those of python "
+    joined = defaultdict(list)
+    own = defaultdict(list)
+    for place, folder in places.items():
+        found = {name: read_rows(place / f"{name}.json") for name in COMMANDS}
+        if not any(found.values()):
+            raise UserError(f"{folder}: no results in {place}, expected those of python "
                             f"evaluate.py {' | '.join(COMMANDS)}")
+        for name, rows in found.items():
+            joined[name] += rows
+            if rows:
+                own[name] += own_parts(name, place, out, rows[0]["run"])
     lines = ["# Evaluation", "", "No medical device; nothing here is validated for clinical use.\n",
              *[f"> {note}\n" for note in notes]]
-    joined = {name: list(itertools.chain(*rows)) for name, rows in found.items()}
     for name, (_, _, section) in COMMANDS.items():
         for k, part in enumerate(by_protocol(joined[name])):
             lines += section(part, out, k)
-        for place, rows in zip(places, found[name]):
-            if rows:
-                lines += own_parts(name, place, out, rows[0]["run"])
+        lines += own[name]
     lines += fid_against_dice(joined["fid"], joined["segment"], out)
     for page in sorted(Path(__file__).parent.glob("docs/paper_table*.md")):
         lines.append(page.read_text("utf-8"))
@@ -1924,16 +1922,12 @@ def own_parts(name, place, out, run) -> list[str]:
 
 def fid_against_dice(fids, segments, out) -> list[str]:
     """B.2: does a better FID segment better? A line a run over its checkpoints."""
-    dice = defaultdict(float)
-    for row in matching(segments, {"model": OWN, "by": "oracle", "maps": "all maps",
-                                   "set": "combined", "stage": "coarse"}):
-        key = row["run"], row["step"]  # the coarse sweep is the same for all checkpoints
-        if row["tau"] is not None:  # as in best_of
-            dice[key] = max(dice[key], row["dice"])
     found = []
     for row in matching(fids, {"kind": "reconstruction"}):
-        if (row["run"], row["step"]) in dice:
-            fields = dict.fromkeys(("dice", "dice_low", "dice_high"), dice[row["run"], row["step"]])
+        own = matching(segments, {"model": OWN, "stage": "coarse", "run": row["run"],
+                                  "step": row["step"]})  # this sweep is alike at all checkpoints
+        if own:
+            fields = dict.fromkeys(("dice", "dice_low", "dice_high"), best_of(own)["dice"])
             found.append(row | fields | {"fid": round(row["fid"], 2)})
     return [chart(out / f"fid-dice-{k}.png", part, "{run}", "fid", "dice",
                   f"Dice against FID over checkpoints (B.2), {part[0]['protocol']}",
