@@ -249,8 +249,9 @@ def seed_of(*values) -> int:
 def weights_digest(*nets) -> str:
     """A hash of the bytes of all weights. TRAP: a float sum of them depends on the threads."""
     found = hashlib.blake2b(digest_size=8)
-    for tensor in itertools.chain(*(net.state_dict().values() for net in nets)):
-        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for net in nets:
+        for tensor in net.state_dict().values():
+            found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
 
@@ -297,7 +298,7 @@ def open_run(folder, step, device):
     return run
 
 
-def choose_step(s) -> tuple[Path, list[int], int | str]:
+def choose_step(s):
     """-> run folder, steps of its checkpoints, and the one of --step; best: that of best.json."""
     folder = Path(s.run_dir or dinodiff.newest_run())
     steps = dinodiff.checkpoint_steps(folder)
@@ -318,7 +319,7 @@ def open_measurement(s, phantom_seed, count) -> Measurement:
     check_settings(s)
     dinodiff.start_ranks(dinodiff.pick_device(s.device))
     # For all ranks: another rank may look before a checkpoint or best.json is written, or after.
-    folder, steps, step = on_rank_0(functools.partial(choose_step, s))
+    folder, steps, step = on_rank_0(lambda: choose_step(s))
     run = open_run(folder, step, s.device)
     notes = []
     if s.step in ("", "best") and (folder / "best.json").is_file():
@@ -398,12 +399,12 @@ def seen_in_training(m) -> list[str]:
     if m.train is None or m.ds.seed != m.train.seed:
         return []  # phantoms of another seed, or phantoms and real people
 
-    def named(ds, rows):
-        images = {f"{ds.providers[i]}, image {ds.keys[i]}" for i in rows}
-        return images | {f"{ds.providers[i]}, patient {ds.patients[i]}"
-                         for i in rows if ds.patients[i]}
-
-    return sorted(named(m.train, range(len(m.train))) & named(m.ds, m.test))
+    seen = []
+    for what, column in (("image", "keys"), ("patient", "patients")):
+        trained = set(zip(m.train.providers, getattr(m.train, column)))
+        tested = {(m.ds.providers[i], getattr(m.ds, column)[i]) for i in m.test}
+        seen += [f"{who}, {what} {name}" for who, name in sorted(trained & tested) if name]
+    return seen
 
 
 def check_leak(s, m, what, shared) -> None:
@@ -441,9 +442,13 @@ def pivot(rows, down, across, cell) -> list[str]:
     return lines + [""]
 
 
-def finish(m, name, rows) -> None:
-    """Write NAME.json and NAME.md, with pictures, notes and the command that was given."""
+def finish(m, name, rows, **common) -> None:
+    """Write NAME.json and NAME.md, with pictures, notes and the command that was given.
+
+    common: fields that all rows share, beside the run's name.
+    """
     if ranks()[0] == 0:
+        rows = [{"run": m.run.folder.name} | common | row for row in rows]
         command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
         text = "\n".join([*COMMANDS[name][2](rows, m.out),
                           *[f"![{title}]({file})\n" for file, title in PICTURES[name].items()],
@@ -630,17 +635,14 @@ class TensorsOnly(pickle.Unpickler):
         return type(name, (Inert,), {})
 
 
-def load_inert(file, **options):
-    return TensorsOnly(file, **options).load()
-
-
 def read_pickled_tensors(path) -> dict[str, Tensor]:
     """What torch.save made of a module or a state dict, zip or older format -> state dict.
 
     No code in it runs. Raises UserError where the file is damaged or holds no tensors.
     """
     content = Path(path).read_bytes()
-    reader = SimpleNamespace(__name__="inert", Unpickler=TensorsOnly, load=load_inert)
+    reader = SimpleNamespace(__name__="inert", Unpickler=TensorsOnly,
+                             load=lambda file, **options: TensorsOnly(file, **options).load())
     try:
         # TRAP: TorchScript is a program, and torch.load would run it. A zip can show Python's
         # zipfile other names than torch sees, so torch's own reader is asked.
@@ -708,18 +710,18 @@ def local_features(m, s):
     """A DenseNet trained on the pool's labels, once a machine: all runs are measured with one."""
     if not m.names:
         raise UserError("there are no labels to train on")
-    recipe = TINY[Classify] if m.run.config["preset"] == "tiny" else Classify()
+    recipe = defaults_for(Classify, ["--run-dir", str(m.run.folder)])
     recipe = dataclasses.replace(recipe, size=min(recipe.size, m.run.size), epochs=16)
     pool = m.pool[:5000]
     key = m.key(m.names, pool.tolist(), s.seed, dataclasses.astuple(recipe))
     place = data.cache_folder() / "features" / key
     halves = data.split_by_patient([m.ds.patients[i] for i in pool], 0.2, s.seed)
-    train, val = [real_pictures(m, pool[half], recipe.size) for half in halves]
+    parts = [real_pictures(m, pool[half], recipe.size) for half in halves]
 
     def train_once():
         with data.locked(place):
             if not (place / "model.safetensors").is_file():
-                net, _ = fit(recipe, train, val, s.seed, m.run.device)
+                net, _ = fit(recipe, *parts, s.seed, m.run.device)
                 with data.whole(place) as partial:
                     net.save_pretrained(partial)
 
@@ -889,9 +891,8 @@ def fid(s: Fid) -> None:
     others = others[:len(test)]
     for rows in (test, others):
         check_patients(m, rows, "to compare (see --count)")
-    base = {"run": m.run.folder.name,
-            "protocol": f"{name}, {len(test)} images of {m.ds.name}, {m.run.size} px, {s.steps} "
-                        "DDIM steps"}
+    protocol = (f"{name}, {len(test)} images of {m.ds.name}, {m.run.size} px, {s.steps} DDIM "
+                "steps")
     key = [weights_digest(net), test.tolist(), others.tolist()]
 
     def row(kind, step, rows, pictures, *depends_on):
@@ -902,7 +903,7 @@ def fid(s: Fid) -> None:
             fake = vectors(embed, pictures, rows, s.micro_batch)
             return on_rank_0(lambda: distances(real, fake, groups))  # the algebra once
 
-        return base | {"kind": kind, "step": step, "images": len(rows)} | cached(
+        return {"kind": kind, "step": step, "images": len(rows)} | cached(
             m, "fid", [key, kind, *depends_on], compute)
 
     def round_trip(rows):
@@ -919,7 +920,7 @@ def fid(s: Fid) -> None:
         data.write_json(m.run.folder / "best.json", {
             "step": best["step"], "fid": best["fid"], "protocol": name, "images": len(test),
             "steps": {row["step"]: row["fid"] for row in rows[2:]}})
-    finish(m, "fid", rows)
+    finish(m, "fid", rows, protocol=protocol)
 
 
 def reconstruct(ds, s, run, rows, variant=0) -> Tensor:
@@ -1122,7 +1123,7 @@ def synthesise(m, s, subset, made, folder) -> None:
     An image is named by its seed, and the folder by the generator: a killed run goes on, and other
     sizes, ratios and numbers of ranks find what they share.
     """
-    sources = [[m.ds.keys[i] for i in pair] for pair in subset[made.ends]]
+    sources = np.array(m.ds.keys)[subset[made.ends]].tolist()
     made.seeds = [f"{seed_of(s.seed, *image):015x}" for image in zip(
         sources, made.r.tolist(), made.variant.tolist())]
     nearer = subset[made.nearer]
@@ -1144,8 +1145,9 @@ def synthesise(m, s, subset, made, folder) -> None:
         return rows
 
     def missing():
-        is_new = not list(folder.glob("*.tar"))
-        there = set() if is_new else set(data.open_data(str(folder), m.run.size).keys)
+        there = set()
+        if any(folder.glob("*.tar")):
+            there.update(data.open_data(str(folder), m.run.size).keys)
         return [k for k, name in enumerate(made.seeds) if name not in there]
 
     on_all_ranks(on_rank_0(missing), 500, make, "synthetic images, 500 a batch")
@@ -1178,7 +1180,7 @@ def classify(s: Classify) -> None:
     kinds = [("real", "only", 0),
              *itertools.product(("augment", "synthetic"), s.strategies, s.ratios)]
     # Fold by fold, so that ranks get alike shares.
-    cells = [{"N": n, "experiment": kind[0], "strategy": kind[1], "ratio": kind[2], "fold": k}
+    cells = [dict(zip(("N", "experiment", "strategy", "ratio", "fold"), (n, *kind, k)))
              for k, n, kind in itertools.product(range(s.folds), picks, kinds)]
     jobs = [plan_fold(m, s, cell, subset, folds, made, folder.name) for cell in cells]
     results = on_all_ranks(jobs, len(jobs), functools.partial(train_all, s, m))
@@ -1186,17 +1188,16 @@ def classify(s: Classify) -> None:
     protocol = (f"{', '.join(m.names)}, {len(m.test)} test images of {m.ds.name}, {m.run.size} px; "
                 f"{s.folds} folds, {s.epochs} epochs at {s.size} px, lr {s.lr:g}, {s.steps} DDIM "
                 f"steps, recipe {recipe[:6]}")
-    base = {"run": m.run.folder.name, "step": m.run.step, "protocol": protocol}
-    finish(m, "classify", [base | cell | result for cell, result in zip(cells, results)])
+    rows = [cell | result for cell, result in zip(cells, results)]
+    finish(m, "classify", rows, step=m.run.step, protocol=protocol)
 
 
 def plan_fold(m, s, cell, subset, folds, made, generator) -> tuple:
     """What train_fold takes for a cell of Table 1; the result is kept by what it depends on."""
     n, k, ratio = cell["N"], cell["fold"], cell["ratio"]
-    real = real_pictures(m, subset[:n], s.size)
     rows = np.setdiff1d(np.arange(n), folds[n][k])
-    parts = {"train": Subset(real, rows), "val": Subset(real, folds[n][k]),
-             "test": real_pictures(m, m.test, s.size)}
+    places = {"train": subset[rows], "val": subset[folds[n][k]], "test": m.test}
+    parts = {name: real_pictures(m, place, s.size) for name, place in places.items()}
     depends_on = [m.names, subset[:n].tolist(), m.test.tolist(), cell, s.recipe]
     if ratio:  # the first images inside, so 1:50 contains 1:10
         pairs = made[cell["strategy"], n]
@@ -1215,9 +1216,11 @@ def plan_fold(m, s, cell, subset, folds, made, generator) -> tuple:
 def fidelity_sets(strategy, pairs, val) -> dict[str, Subset]:
     """Synthetic images whose sources the classifier has not seen, by min(r, 1 - r)."""
     rows = pairs.inside(val)[:2000]
-    is_far = np.minimum(pairs.r, 1 - pairs.r)[rows] > 0.25
-    parts = {", r up to 1/4 from the labelled end": rows[~is_far], ", r beyond 1/4": rows[is_far]}
-    parts = parts if pairs.r.any() else {"": rows}  # a reconstruction has no r
+    parts = {"": rows}
+    if strategy == "interpolate":
+        is_far = np.minimum(pairs.r, 1 - pairs.r)[rows] > 0.25
+        parts = {", r up to 1/4 from the labelled end": rows[~is_far],
+                 ", r beyond 1/4": rows[is_far]}
     return {f"fidelity: {strategy}{name}": Subset(pairs.pictures, part)
             for name, part in parts.items() if len(part)}
 
@@ -1240,11 +1243,10 @@ def train_fold(s, parts, seed, device, path) -> dict:
 
 def train_all(s, m, jobs) -> list[dict]:
     """The results of some trainings; on a CPU in one process a core, each of one thread."""
-    is_cpu = m.run.device.type == "cpu"
-    count = s.workers or (data.cores() // ranks()[1] if is_cpu else 1)
+    share = data.cores() // ranks()[1] if m.run.device.type == "cpu" else 1
     # TRAP: not by fork: a forked child would wait for the parent's threads.
-    return data.run_jobs(train_fold, jobs, "training classifiers", max(count, 1), " trainings",
-                         "spawn")
+    return data.run_jobs(train_fold, jobs, "training classifiers", s.workers or max(share, 1),
+                         " trainings", "spawn")
 
 
 def paired_tests(scores, baseline, test_share) -> tuple[float, float]:
@@ -1392,17 +1394,18 @@ def select(pool, target) -> tuple[np.ndarray, float]:
     this is the paper's *oracle* selection, with `expected_lungs` a rule that never sees the truth.
     CHOICE: below a Dice of 0.2 nothing is taken.
     """
-    size = target.shape[1:]
-    target = np.concatenate([target, target.max(0)[None]]).reshape(3, -1).astype(np.float32)
-    LEFT, RIGHT, BOTH = range(3)
+    both = target.max(0)
+    target = np.stack([*target, both]).reshape(3, -1).astype(np.float32)
     dice = 2 * pool @ target.T / (pool.sum(1)[:, None] + target.sum(1))  # (K, 3)
-    chosen = np.zeros(pool.shape[1], bool)
+    chosen = np.zeros(both.size, bool)
     while dice.max(initial=0) > 0.2:
         k, lung = np.unravel_index(dice.argmax(), dice.shape)
         chosen |= pool[k] > 0
+        if lung == 2:
+            break
         dice[pool @ pool[k] > 0] = 0
-        dice[:, [LEFT, RIGHT, BOTH] if lung == BOTH else [lung, BOTH]] = 0
-    return chosen.reshape(size), dice_score(chosen, target[2])
+        dice[:, [lung, 2]] = 0
+    return chosen.reshape(both.shape), dice_score(chosen, target[2])
 
 
 def dice_score(a, b) -> float:
@@ -1537,13 +1540,12 @@ def summarise_dice(m, s, rows, model, stage) -> list[dict]:
     for row, by in itertools.product(rows, ("oracle", "rule")):
         for name in (sets[row["key"]], "combined"):
             groups[name, by, *map(row.get, SETTING)].append(100 * row[by])
-    how = f", {s.candidates} alone" * (s.candidates != "parts") + ", k-means" * s.refine
-    base = {"run": m.run.folder.name, "model": model, "stage": stage, "is_headline": False,
-            "protocol": f"{len(m.test)} images of {m.ds.name}, {m.run.size} px{how}"}
     found = []
     for group, dice in sorted(groups.items(), key=lambda item: item[0][0] == "combined"):
         low, median, high = np.percentile(dice, (25, 50, 75)).tolist()
-        found.append(base | dict(zip(("set", "by", *SETTING), group)) | {
+        found.append({
+            "model": model, "stage": stage, "is_headline": False,
+            **dict(zip(("set", "by", *SETTING), group)),
             "images": len(dice), "dice": float(np.mean(dice)), "sd": float(np.std(dice)),
             "median": median, "median_low": low, "median_high": high})
     return found
@@ -1555,7 +1557,7 @@ def best_of(rows, maps="all maps") -> dict:
     return max(found, key=lambda row: row["dice"] * (row["tau"] is not None))
 
 
-def coarse_sweep(m, s, t) -> tuple[list[dict], list[int]]:
+def coarse_sweep(m, s, t):
     """-> rows of --coarse images of each set at every checkpoint, and the two best of these."""
     few = np.concatenate([subsample(m.test[m.names == name], s.coarse)
                           for name in dict.fromkeys(m.names)])
@@ -1596,7 +1598,9 @@ def segment(s: Segment) -> None:
                 row["is_headline"] = True
         rows += full
     gallery(m, s, best_of(full), images)
-    finish(m, "segment", rows)
+    how = f", {s.candidates} alone" * (s.candidates != "parts") + ", k-means" * s.refine
+    finish(m, "segment", rows,
+           protocol=f"{len(m.test)} images of {m.ds.name}, {m.run.size} px{how}")
 
 
 def floor_rows(m, s) -> list[dict]:
@@ -1737,18 +1741,19 @@ def audit(s: Audit) -> None:
     worst = [i for i in shown[far] if s.finding in ("", *m.ds.labels[i])][:8]
     if s.finding:
         m.notes.append(f"Figure 8 is from images with {s.finding} alone (--finding).")
-    failures = [m.ds.read(worst), *[make(m, s, m.ds, worst, variant) for variant in range(4)]]
+    failures = [*m.ds.read(worst)]
+    for variant in range(4):
+        failures += make(m, s, m.ds, worst, variant)
     if ranks()[0] == 0:
         save_sheet(m.out / "audit.png", cells, len(near), titles)
-        save_sheet(m.out / "figure8.png", torch.cat(failures), len(worst),
+        save_sheet(m.out / "figure8.png", failures, len(worst),
                    ["real", *[f"variant {k}" for k in range(4)]])
     copied = copies(m, unseen, s.train_images)
-    base = {"run": m.run.folder.name, "step": m.run.step}
     try:
         for row in copied:
             check_leak(s, m, f"test images are copies among {row['among']}", row["copies"])
     finally:  # what was computed stays
-        finish(m, "audit", [base | row for row in rows + copied])
+        finish(m, "audit", rows + copied, step=m.run.step)
 
 
 def save_sheet(path, images, columns, titles) -> None:
@@ -1871,9 +1876,9 @@ def write_report(places: dict[Path, Path], out: Path, notes=()) -> None:
             raise UserError(f"{folder}: no results in {place}, expected those of python "
                             f"evaluate.py {' | '.join(COMMANDS)}")
         for name, rows in found.items():
-            joined[name] += rows
+            joined[name] += [row | {"run": folder.name} for row in rows]
             if rows:
-                own[name] += own_parts(name, place, out, rows[0]["run"])
+                own[name] += own_parts(name, place, out, folder.name)
     lines = ["# Evaluation", "", "No medical device; nothing here is validated for clinical use.\n",
              *[f"> {note}\n" for note in notes]]
     for name, (_, _, section) in COMMANDS.items():
