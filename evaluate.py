@@ -800,7 +800,8 @@ def blocks_of(groups, blocks) -> np.ndarray:
     middle = np.cumsum(counts[order]) - counts[order] / 2
     block = np.empty(len(names), int)
     block[order] = middle * min(blocks, len(names)) // len(group)
-    return block[group]
+    # Without gaps, which patients of many images leave: two sets then have blocks in common.
+    return np.unique(block, return_inverse=True)[1][group]
 
 
 def frechet_error(f1, f2, groups, blocks: int = 16) -> float:
@@ -814,10 +815,11 @@ def frechet_error(f1, f2, groups, blocks: int = 16) -> float:
     f1, f2 = finite_features(f1, f2)
     pair = groups if np.ndim(groups[0]) else (groups, groups)
     first, second = [blocks_of(names, blocks) for names in pair]
-    both = np.intersect1d(first, second)
-    values = [frechet(f1[first != k], f2[second != k]) for k in both] if len(both) > 1 else []
-    g = len(values)
-    return float((g - 1) / math.sqrt(g) * np.std(values, ddof=1)) if values else math.nan
+    g = 1 + min(first.max(), second.max())
+    if g < 2:
+        return math.nan
+    values = [frechet(f1[first != k], f2[second != k]) for k in range(g)]
+    return float((g - 1) / math.sqrt(g) * np.std(values, ddof=1))
 
 
 def kernel_distance(f1, f2, with_error: bool = False, paired: bool = False):
@@ -872,7 +874,7 @@ def distances(real, fake, groups) -> dict:
     real, fake = finite_features(real, fake)
     fid = frechet(real, fake)
     error = frechet_error(real, fake, groups)
-    bar = 0 if math.isnan(error) else 1.96 * error
+    bar = 1.96 * error
     kid, kid_error = kernel_distance(real, fake, True, not isinstance(groups, tuple))
     return {"fid": fid, "fid_error": error, "fid_low": fid - bar, "fid_high": fid + bar,
             "kid": 1000 * kid, "kid_error": 1000 * kid_error,
@@ -1769,10 +1771,10 @@ def copies(m, ids, count) -> list[dict]:
             ("the classifier's training part", m.ds, m.pool)):
         others = subsample(pool, count)
         if ds.seed == m.ds.seed:  # of the phantoms of two seeds two in a million look alike
-            likeness = vectors(thumbnails, m.ds.read, ids) @ vectors(thumbnails, ds.read, others).T
-            value, index = likeness.max(1)
+            correlation, index = (vectors(thumbnails, m.ds.read, ids)
+                                  @ vectors(thumbnails, ds.read, others).T).max(1)
             named = [f"{m.ds.keys[ids[k]]} = {ds.keys[others[index[k]]]}"
-                     for k in np.flatnonzero(value >= COPY)]
+                     for k in np.flatnonzero(correlation >= COPY)]
             rows.append({"copies": named, "among": f"{among} ({len(others):,} of {len(pool):,} "
                          f"compared with {len(ids):,} of {len(m.test):,} test images)"})
     return rows

@@ -3229,6 +3229,9 @@ def test_frechet_error_blocks_keep_patients_whole_and_near_equal():
     assert np.bincount(block, minlength=16).min() >= 15 and np.bincount(block).max() <= 24
     assert set(evaluate.blocks_of(["a", "a", "b"], 16)) == {0, 1}
     assert math.isnan(evaluate.frechet_error(np.eye(4), np.eye(4), ["a"] * 4))
+    first, second = np.repeat(list("abc"), (1, 1, 98)), np.repeat(list("cba"), (1, 28, 1))
+    features = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    assert evaluate.frechet_error(features, features[:30], (first, second)) > 0
 
 
 def test_nan_features_are_refused():
@@ -3837,8 +3840,11 @@ def test_report_of_several_runs_shares_tables_and_separates_what_does_not_compar
     assert all((tmp_path / "report" / name).is_file() for name in shown)
     assert "nowhere: no results" in fails("report", "--run-dir", runs[0], "nowhere")
     assert "a name for each" in fails("report", "--run-dir", runs[0], tmp_path / "other/v1")
-    run_evaluate("report", "--run-dir", runs[0], "--out", tmp_path / "one")
-    assert "(../v1/eval/audit.png)" in (tmp_path / "one/report.md").read_text()
+    os.rename(runs[0], tmp_path / "mine")  # after which tables and figures go by the new name
+    run_evaluate("report", "--run-dir", tmp_path / "mine", "--out", tmp_path / "one")
+    text = (tmp_path / "one/report.md").read_text()
+    assert "(../mine/eval/audit.png)" in text and "| mine |" in text and "| v1 |" not in text
+    os.rename(tmp_path / "mine", runs[0])
     for damaged in ('[{"run"', "[1]", "[{}]", "{}", ""):
         (tmp_path / "v1/eval/fid.json").write_text(damaged)
         assert "fid.json" in fails("report", "--run-dir", runs[0])
