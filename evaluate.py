@@ -800,8 +800,7 @@ def blocks_of(groups, blocks) -> np.ndarray:
     middle = np.cumsum(counts[order]) - counts[order] / 2
     block = np.empty(len(names), int)
     block[order] = middle * min(blocks, len(names)) // len(group)
-    # Without gaps, which patients of many images leave: two sets then have blocks in common.
-    return np.unique(block, return_inverse=True)[1][group]
+    return block[group]
 
 
 def frechet_error(f1, f2, groups, blocks: int = 16) -> float:
@@ -815,10 +814,11 @@ def frechet_error(f1, f2, groups, blocks: int = 16) -> float:
     f1, f2 = finite_features(f1, f2)
     pair = groups if np.ndim(groups[0]) else (groups, groups)
     first, second = [blocks_of(names, blocks) for names in pair]
-    g = 1 + min(first.max(), second.max())
+    both = np.intersect1d(first, second)
+    g = len(both)
     if g < 2:
         return math.nan
-    values = [frechet(f1[first != k], f2[second != k]) for k in range(g)]
+    values = [frechet(f1[first != k], f2[second != k]) for k in both]
     return float((g - 1) / math.sqrt(g) * np.std(values, ddof=1))
 
 
@@ -874,7 +874,7 @@ def distances(real, fake, groups) -> dict:
     real, fake = finite_features(real, fake)
     fid = frechet(real, fake)
     error = frechet_error(real, fake, groups)
-    bar = 1.96 * error
+    bar = 0 if math.isnan(error) else 1.96 * error
     kid, kid_error = kernel_distance(real, fake, True, not isinstance(groups, tuple))
     return {"fid": fid, "fid_error": error, "fid_low": fid - bar, "fid_high": fid + bar,
             "kid": 1000 * kid, "kid_error": 1000 * kid_error,
@@ -1535,13 +1535,14 @@ def measure(m, s, name, steps, timesteps, ids) -> list[dict]:
 SETTING = ("step", "t", "maps", "M", "tau")
 
 
-def summarise_dice(m, s, rows, model, stage) -> list[dict]:
+def summarise_dice(m, rows, model, stage) -> list[dict]:
     """Rows of images -> a row a set, selection and setting: mean, SD, median, quartiles in %."""
     sets = dict(zip(m.test.tolist(), m.names))
     groups = defaultdict(list)
     for row, by in itertools.product(rows, ("oracle", "rule")):
         for name in (sets[row["key"]], "combined"):
-            groups[name, by, *map(row.get, SETTING)].append(100 * row[by])
+            group = (name, by, *map(row.get, SETTING))  # apart: Python 3.10 has no [*…]
+            groups[group].append(100 * row[by])
     found = []
     for group, dice in sorted(groups.items(), key=lambda item: item[0][0] == "combined"):
         low, median, high = np.percentile(dice, (25, 50, 75)).tolist()
@@ -1564,7 +1565,7 @@ def coarse_sweep(m, s, t):
     few = np.concatenate([subsample(m.test[m.names == name], s.coarse)
                           for name in dict.fromkeys(m.names)])
     steps = m.checkpoints if s.checkpoints == "all" else [m.run.step]
-    rows = summarise_dice(m, s, measure(m, s, OWN, steps, [t], few), OWN, "coarse")
+    rows = summarise_dice(m, measure(m, s, OWN, steps, [t], few), OWN, "coarse")
     ranked = sorted(steps, key=lambda step: -best_of(matching(rows, {"step": step}))["dice"])
     return rows, ranked[:2]
 
@@ -1581,7 +1582,13 @@ def segment(s: Segment) -> None:
         m.notes.append("sd15 was made for the latents of its own VAE; this run's VAE is "
                        f"{own_vae[:80] or 'trained here'}.")
     base = min(s.timesteps, key=lambda t: abs(t - 300))
-    rows = floor_rows(m, s)
+    floor = []
+    for i in m.test.tolist():
+        dice = dice_score(otsu_lungs(m.ds[i]), m.ds.mask(i).any(0))
+        floor.append({"key": i, "oracle": dice, "rule": dice})
+    rows = matching(summarise_dice(m, floor, OTSU, "full"), {"by": "rule"})
+    for row in rows:
+        row["is_headline"] = True
     for name in filter(None, (s.init, UNTRAINED, OWN)):  # what may not open comes first
         fixed = 0
         steps = [0]
@@ -1590,7 +1597,7 @@ def segment(s: Segment) -> None:
             coarse, steps = coarse_sweep(m, s, base)
             rows += coarse
         images = measure(m, s, name, dict.fromkeys([*steps, fixed]), s.timesteps, m.test)
-        full = summarise_dice(m, s, images, name, "full")
+        full = summarise_dice(m, images, name, "full")
         for maps in dict.fromkeys(row["maps"] for row in full):
             best = best_of(full, maps)
             oracle = {key: best[key] for key in ("by", *SETTING)}
@@ -1603,16 +1610,6 @@ def segment(s: Segment) -> None:
     how = f", {s.candidates} alone" * (s.candidates != "parts") + ", k-means" * s.refine
     finish(m, "segment", rows,
            protocol=f"{len(m.test)} images of {m.ds.name}, {m.run.size} px{how}")
-
-
-def floor_rows(m, s) -> list[dict]:
-    """What needs no network: Otsu's dark regions."""
-    rows = []
-    for i in m.test.tolist():
-        dice = dice_score(otsu_lungs(m.ds[i]), m.ds.mask(i).any(0))
-        rows.append({"key": i, "oracle": dice, "rule": dice})
-    found = summarise_dice(m, s, rows, OTSU, "full")
-    return [row | {"is_headline": True} for row in matching(found, {"by": "rule"})]
 
 
 @torch.no_grad()
@@ -1833,8 +1830,7 @@ def evaluate_all(s: Everything) -> None:
     """
     dinodiff.start_ranks(dinodiff.pick_device(s.device))
     folder = str(s.run_dir or dinodiff.newest_run())
-    usual = vars(Everything())
-    given = {key: value for key, value in vars(s).items() if value != usual[key]}
+    given = {key: value for key, value in vars(s).items() if value != getattr(Everything, key)}
     given["run_dir"] = folder
     failed = []
     for name, (kind, function, _) in COMMANDS.items():

@@ -3229,9 +3229,6 @@ def test_frechet_error_blocks_keep_patients_whole_and_near_equal():
     assert np.bincount(block, minlength=16).min() >= 15 and np.bincount(block).max() <= 24
     assert set(evaluate.blocks_of(["a", "a", "b"], 16)) == {0, 1}
     assert math.isnan(evaluate.frechet_error(np.eye(4), np.eye(4), ["a"] * 4))
-    first, second = np.repeat(list("abc"), (1, 1, 98)), np.repeat(list("cba"), (1, 28, 1))
-    features = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
-    assert evaluate.frechet_error(features, features[:30], (first, second)) > 0
 
 
 def test_nan_features_are_refused():
@@ -3943,6 +3940,14 @@ def test_readme_is_short_and_counts_lines_and_imports_are_those_of_the_requireme
         assert 0.9 < int(counts[file]) / source.count("\n") < 1.1, file
         found = set(re.findall(r"^\s*(?:from (\w+)[\w.]* import|import (\w+))", source, re.M))
         assert file == "test_all.py" or {a or b for a, b in found} <= known, file
+
+
+def test_no_syntax_is_newer_than_python_3_10():
+    """`a[b, *c]` is of 3.11: the whole file could not be imported by 3.10."""
+    for file, source in FILES.items():
+        for node in ast.walk(ast.parse(source)):
+            parts = getattr(getattr(node, "slice", None), "elts", ())
+            assert not any(isinstance(part, ast.Starred) for part in parts), file
 
 
 def choice_owner(body, line: int) -> str:
