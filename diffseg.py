@@ -57,19 +57,17 @@ class Aggregator:
 
     def results(self) -> list[Tensor]:
         """A (B, S*S, S*S) each, S the largest side: A[b, i] is where pixel i of image b attends."""
-        return [combine(sums) for sums in self.sums]
-
-
-def combine(sums: dict[int, Tensor]) -> Tensor:
-    """Sums of maps, {side: (B, side², side²)} -> A (B, S*S, S*S)."""
-    S = max(sums)
-    A = 0
-    for side, total in sorted(sums.items()):
-        wide = F.interpolate(total.unflatten(2, (side, side)), size=(S, S), mode="bilinear")
-        row = torch.arange(S, device=total.device) * side // S  # the row that each of S repeats
-        wide = wide.flatten(2)[:, (row[:, None] * side + row).flatten()]  # (B, S², S²)
-        A = A + wide * (side / sum(sums) / wide.sum(2, keepdim=True))  # weight: the side
-    return A
+        found = []
+        for sums in self.sums:
+            S = max(sums)
+            A = 0
+            for side, total in sorted(sums.items()):
+                wide = F.interpolate(total.unflatten(2, (side, side)), (S, S), mode="bilinear")
+                row = torch.arange(S, device=total.device) * side // S  # that each of S repeats
+                wide = wide.flatten(2)[:, (row[:, None] * side + row).flatten()]  # (B, S², S²)
+                A = A + wide * (side / sum(sums) / wide.sum(2, keepdim=True))  # weight: the side
+            found.append(A)
+        return found
 
 
 def aggregate(maps: list[Tensor]) -> Tensor:

@@ -113,6 +113,12 @@ class Classify(Labelled):
     workers: int = 0  # trainings at once on this rank; 0: one per core on a CPU, one on a GPU
     net: tuple = field(default=(32, (6, 12, 24, 16), 64), metadata={"flag": False})  # DenseNet-121
 
+    @property
+    def recipe(self) -> list:
+        """All of these on which a trained net depends."""
+        names = "epochs batch lr weight_decay patience early_stop size net folds seed"
+        return [getattr(self, name) for name in names.split()]
+
 
 @dataclass(frozen=True)
 class Segment(Common):
@@ -149,45 +155,39 @@ TINY = {
     Segment: Segment(count=32, coarse=12), Audit: Audit(count=64, **FEW)}
 
 
-ALLOWED = {"checkpoints": ("one", "all"), "candidates": ("parts", "segments"),
-           "strategies": ("reconstruct", "interpolate"), "timesteps": range(1000),
-           "protocol": ("auto", "xrv-224", "local", "dino")}
-# The smallest values of other numbers, where they are not 1.
-LEAST = {"seed": 0, "prevalence": 0, "held_out": 0, "count": 0, "folds": 2, "batch": 2, "lr": 0,
-         "weight_decay": 0, "patience": 0, "size": 32, "workers": 0,
-         "thresholds": 1e-6, "last": 0}
+WORDS = {"checkpoints": ("one", "all"), "candidates": ("parts", "segments"),
+         "strategies": ("reconstruct", "interpolate"),
+         "protocol": ("auto", "xrv-224", "local", "dino")}
+# The smallest values of numbers, where they are not 1.
+LEAST = {"folds": 2, "batch": 2, "size": 32, "thresholds": 1e-6} | dict.fromkeys(
+    "seed prevalence held_out count lr weight_decay patience workers last timesteps".split(), 0)
 
 
 def check_settings(s) -> None:
     """UserError where one of a command's settings is out of range, or a list has a value twice."""
     for name, value in vars(s).items():
         values = value if type(value) is tuple else (value,)
-        least = LEAST.get(name, 1)
-        expected = ALLOWED.get(name, f"numbers from {least}")
-        is_odd = len(set(values)) < len(values)
-        for v in values:
-            if name in ALLOWED:
-                is_odd |= v not in expected
-            elif type(v) in (int, float):
-                is_odd |= not v >= least
-        if type(expected) is tuple:
-            expected = " or ".join(expected)
-        elif type(expected) is range:
-            expected = f"numbers from 0 to {max(expected)}"
-        if is_odd:
+        numbers = [v for v in values if type(v) in (int, float)]
+        low = LEAST.get(name, 1)
+        high = 999 if name == "timesteps" else math.inf
+        expected = f"numbers from {low}" + f" to {high}" * (high < math.inf)
+        is_sound = all(low <= v <= high for v in numbers)
+        if name in WORDS:
+            expected = " or ".join(WORDS[name])
+            is_sound = set(values) <= set(WORDS[name])
+        if not is_sound or len(set(values)) < len(values):
             raise UserError(f"found --{name.replace('_', '-')} {' '.join(map(str, values))}, "
                             f"expected {expected}{', none twice' * (len(values) > 1)}")
 
 
 def defaults_for(kind, argv):
     """Settings of a command before its flags: TINY's where argv's run (or the newest) is tiny."""
-    is_tiny = True  # also where there is no such run, which the command itself will say
+    named = re.search(r"(?:^|\0)--run-dir[=\0]([^\0]+)", "\0".join(argv))
     try:
-        named = re.search(r"(?:^|\0)--run-dir[=\0]([^\0]+)", "\0".join(argv))
         folder = Path(named[1]) if named else dinodiff.newest_run()
         is_tiny = data.read_json(folder / "config.json").get("preset") == "tiny"
     except (UserError, OSError):
-        pass
+        is_tiny = True  # the command itself will say that there is no such run
     return TINY[kind] if is_tiny else kind()
 
 
@@ -222,6 +222,12 @@ def on_all_ranks(rows, batch, compute, desc=""):
     return np.concatenate(found) if found else np.empty(0)
 
 
+def vectors(vector, pictures, ids, batch=256) -> Tensor:
+    """vector(images) of pictures(ids), (n, d), by all ranks."""
+    found = on_all_ranks(ids, batch, lambda some: vector(pictures(some)), "features")
+    return torch.from_numpy(found)
+
+
 def cached(m, name, depends_on, compute):
     """What compute() returns (JSON), kept in m.out/cache under the digest of all it depends on.
 
@@ -231,8 +237,7 @@ def cached(m, name, depends_on, compute):
     found = on_rank_0(lambda: data.read_json(path) if path.is_file() else {})
     if "value" not in found:
         found = {"value": compute()}
-        if ranks()[0] == 0:
-            data.write_json(path, found)
+        on_rank_0(lambda: data.write_json(path, found))
     return found["value"]
 
 
@@ -244,8 +249,9 @@ def seed_of(*values) -> int:
 def weights_digest(*nets) -> str:
     """A hash of the bytes of all weights. TRAP: a float sum of them depends on the threads."""
     found = hashlib.blake2b(digest_size=8)
-    for tensor in itertools.chain(*(net.state_dict().values() for net in nets)):
-        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for net in nets:
+        for tensor in net.state_dict().values():
+            found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
 
@@ -267,7 +273,7 @@ class Measurement:
     ds: data.XRays  # what it is measured on
     pool: np.ndarray = None  # indices that may train a classifier
     test: np.ndarray = None  # indices held out, of other patients; or those with masks
-    names: list = ()  # findings; or the set of each image with masks
+    names: list = ()  # findings; or an array, the set of each image with masks
     targets: np.ndarray = None  # float32 (len(ds), findings)
     patients: np.ndarray = None  # of each image; one of its own where the patient is unknown
 
@@ -292,7 +298,7 @@ def open_run(folder, step, device):
     return run
 
 
-def choose_step(s) -> tuple[Path, list[int], int | str]:
+def choose_step(s):
     """-> run folder, steps of its checkpoints, and the one of --step; best: that of best.json."""
     folder = Path(s.run_dir or dinodiff.newest_run())
     steps = dinodiff.checkpoint_steps(folder)
@@ -313,7 +319,7 @@ def open_measurement(s, phantom_seed, count) -> Measurement:
     check_settings(s)
     dinodiff.start_ranks(dinodiff.pick_device(s.device))
     # For all ranks: another rank may look before a checkpoint or best.json is written, or after.
-    folder, steps, step = on_rank_0(functools.partial(choose_step, s))
+    folder, steps, step = on_rank_0(lambda: choose_step(s))
     run = open_run(folder, step, s.device)
     notes = []
     if s.step in ("", "best") and (folder / "best.json").is_file():
@@ -362,8 +368,8 @@ def open_labelled(s) -> Measurement:
         raise UserError(f"{m.ds.name}: found {times} images of the name {key}, expected a name for "
                         "each: measure such sets apart, or prepare them under other names")
     counts = Counter(itertools.chain(*m.ds.labels))
-    common = [name for name in data.label_names(m.ds.labels)
-              if counts[name] >= s.prevalence * len(m.ds) and name not in data.NO_DIAGNOSES]
+    common = [name for name in sorted(counts.keys() - data.NO_DIAGNOSES)
+              if counts[name] >= s.prevalence * len(m.ds)]
     m.names = list(s.findings) or common
     missing = sorted(set(m.names) - set(counts))
     if missing:
@@ -393,12 +399,12 @@ def seen_in_training(m) -> list[str]:
     if m.train is None or m.ds.seed != m.train.seed:
         return []  # phantoms of another seed, or phantoms and real people
 
-    def named(ds, rows):
-        images = {f"{ds.providers[i]}, image {ds.keys[i]}" for i in rows}
-        return images | {f"{ds.providers[i]}, patient {ds.patients[i]}"
-                         for i in rows if ds.patients[i]}
-
-    return sorted(named(m.train, range(len(m.train))) & named(m.ds, m.test))
+    seen = []
+    for what, column in (("image", "keys"), ("patient", "patients")):
+        trained = set(zip(m.train.providers, getattr(m.train, column)))
+        tested = {(m.ds.providers[i], getattr(m.ds, column)[i]) for i in m.test}
+        seen += [f"{who}, {what} {name}" for who, name in sorted(trained & tested) if name]
+    return seen
 
 
 def check_leak(s, m, what, shared) -> None:
@@ -436,9 +442,13 @@ def pivot(rows, down, across, cell) -> list[str]:
     return lines + [""]
 
 
-def finish(m, name, rows) -> None:
-    """Write NAME.json and NAME.md, with pictures, notes and the command that was given."""
+def finish(m, name, rows, **common) -> None:
+    """Write NAME.json and NAME.md, with pictures, notes and the command that was given.
+
+    common: fields that all rows share, beside the run's name.
+    """
     if ranks()[0] == 0:
+        rows = [{"run": m.run.folder.name} | common | row for row in rows]
         command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
         text = "\n".join([*COMMANDS[name][2](rows, m.out),
                           *[f"![{title}]({file})\n" for file, title in PICTURES[name].items()],
@@ -517,31 +527,18 @@ def chart(path, rows, name, x, y, title, labels, is_bars=False) -> str:
 # ---- DenseNet (Huang et al. 2017; torchvision's and torchxrayvision's key names) ---------------
 
 
-class DenseLayer(nn.Module):
-    """BN-ReLU-1x1, BN-ReLU-3x3: `growth` new channels from all that came before."""
+class DenseLayer(nn.Sequential):
+    """`growth` new channels from all that came before, which stay."""
 
     def __init__(self, channels: int, growth: int):
-        super().__init__()
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv1 = nn.Conv2d(channels, 4 * growth, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(4 * growth)
-        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+        super().__init__(OrderedDict(
+            norm1=nn.BatchNorm2d(channels), relu1=nn.ReLU(),
+            conv1=nn.Conv2d(channels, 4 * growth, 1, bias=False),
+            norm2=nn.BatchNorm2d(4 * growth), relu2=nn.ReLU(),
+            conv2=nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)))
 
     def forward(self, x: Tensor) -> Tensor:
-        new = self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
-        return torch.cat([x, new], 1)
-
-
-class Transition(nn.Module):
-    """BN-ReLU-1x1 to half the channels, then half the side."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels)
-        self.conv = nn.Conv2d(channels, channels // 2, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(self.conv(F.relu(self.norm(x))), 2)
+        return torch.cat([x, super().forward(x)], 1)
 
 
 class DenseNet(nn.Module):
@@ -564,7 +561,9 @@ class DenseNet(nn.Module):
             self.features.add_module(f"denseblock{i}", nn.Sequential(block))
             width += layers * growth
             if i < len(blocks):
-                self.features.add_module(f"transition{i}", Transition(width))
+                self.features.add_module(f"transition{i}", nn.Sequential(OrderedDict(
+                    norm=nn.BatchNorm2d(width), relu=nn.ReLU(),
+                    conv=nn.Conv2d(width, width // 2, 1, bias=False), pool=nn.AvgPool2d(2))))
                 width //= 2
         self.features.add_module("norm5", nn.BatchNorm2d(width))  # "5" at any number of blocks
         self.classifier = nn.Linear(width, num_classes)
@@ -588,9 +587,9 @@ class DenseNet(nn.Module):
         """DenseNet-121 of a folder, a `.safetensors`, a pickled `.pt` (never run) or the hub."""
         path = Path(source).expanduser()
         if str(source) == XRV and not path.exists():  # a pickled module
-            path = data.hub_files(XRV, ["model.pt"], revision)[0] / "model.pt"
-        elif (path / "model.pt").is_file():
-            path = path / "model.pt"
+            path = data.hub_files(XRV, ["model.pt"], revision)[0]
+        if (path / "model.pt").is_file():
+            path /= "model.pt"
         if path.suffix in (".pt", ".pth", ".bin") and path.is_file():
             state = read_pickled_tensors(path)
         else:
@@ -609,17 +608,15 @@ class DenseNet(nn.Module):
 # ---- A pickled module's tensors, without running it --------------------------------------------
 
 
-class Inert:
-    """Stands in for every class and function that a pickle names: it never runs anything."""
-
-    def __new__(cls, *args, **named):
-        return object.__new__(cls)
+class Inert(nn.Module):
+    """Stands in for every class and function that a pickle names: a module without any code."""
 
     def __init__(self, *args, **named):
-        pass
+        super().__init__()
 
     def __setstate__(self, state):
-        self.__dict__.update(state if type(state) is dict else {})
+        if type(state) is dict:
+            super().__setstate__(state)
 
     def ignore(self, *args):
         pass
@@ -628,18 +625,14 @@ class Inert:
 
 
 class TensorsOnly(pickle.Unpickler):
-    """Builds tensors, dicts and plain values; all else that a pickle names is Inert."""
+    """Builds tensors, dicts, sets and plain values; all else that a pickle names is Inert."""
 
     def find_class(self, module, name):  # torch.load itself answers for the names of storages
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
+        if name in ("OrderedDict", "set") and module in ("collections", "builtins", "__builtin__"):
+            return {"OrderedDict": OrderedDict, "set": set}[name]
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
             return getattr(torch._utils, name)
         return type(name, (Inert,), {})
-
-
-def load_inert(file, **options):
-    return TensorsOnly(file, **options).load()
 
 
 def read_pickled_tensors(path) -> dict[str, Tensor]:
@@ -648,7 +641,8 @@ def read_pickled_tensors(path) -> dict[str, Tensor]:
     No code in it runs. Raises UserError where the file is damaged or holds no tensors.
     """
     content = Path(path).read_bytes()
-    reader = SimpleNamespace(__name__="inert", Unpickler=TensorsOnly, load=load_inert)
+    reader = SimpleNamespace(__name__="inert", Unpickler=TensorsOnly,
+                             load=lambda file, **options: TensorsOnly(file, **options).load())
     try:
         # TRAP: TorchScript is a program, and torch.load would run it. A zip can show Python's
         # zipfile other names than torch sees, so torch's own reader is asked.
@@ -662,8 +656,10 @@ def read_pickled_tensors(path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the pickled class's source cannot be compared
             found = torch.load(io.BytesIO(content), "cpu", reader, weights_only=False)
-        found = found.get("state_dict", found) if hasattr(found, "get") else found
-        state = dict(named_tensors(found, ""))
+        if isinstance(found, Inert):
+            found = found.state_dict()
+        found = found.get("state_dict", found)
+        state = {name: tensor for name, tensor in found.items() if torch.is_tensor(tensor)}
     except UserError:
         raise
     except Exception as error:  # a damaged file can raise anything
@@ -672,17 +668,6 @@ def read_pickled_tensors(path) -> dict[str, Tensor]:
     if not state:
         raise UserError(f"{path} holds no tensors; expected what torch.save makes of a module")
     return state
-
-
-def named_tensors(found, prefix):
-    """(key, tensor) of a state dict, or of a stubbed module's _parameters, _buffers, _modules."""
-    is_module = hasattr(found, "_modules")
-    items = {**found._parameters, **found._buffers} if is_module else found
-    for name, tensor in items.items():
-        if torch.is_tensor(tensor):
-            yield prefix + name, tensor.clone()
-    for name, child in getattr(found, "_modules", {}).items():
-        yield from named_tensors(child, f"{prefix}{name}.")
 
 
 # ---- Features, by named protocols (paper 2.4) --------------------------------------------------
@@ -725,18 +710,18 @@ def local_features(m, s):
     """A DenseNet trained on the pool's labels, once a machine: all runs are measured with one."""
     if not m.names:
         raise UserError("there are no labels to train on")
-    recipe = TINY[Classify] if m.run.config["preset"] == "tiny" else Classify()
+    recipe = defaults_for(Classify, ["--run-dir", str(m.run.folder)])
     recipe = dataclasses.replace(recipe, size=min(recipe.size, m.run.size), epochs=16)
     pool = m.pool[:5000]
     key = m.key(m.names, pool.tolist(), s.seed, dataclasses.astuple(recipe))
     place = data.cache_folder() / "features" / key
     halves = data.split_by_patient([m.ds.patients[i] for i in pool], 0.2, s.seed)
-    train, val = [real_pictures(m, pool[half], recipe.size) for half in halves]
+    parts = [real_pictures(m, pool[half], recipe.size) for half in halves]
 
     def train_once():
         with data.locked(place):
             if not (place / "model.safetensors").is_file():
-                net, _ = fit(recipe, train, val, s.seed, m.run.device)
+                net, _ = fit(recipe, *parts, s.seed, m.run.device)
                 with data.whole(place) as partial:
                     net.save_pretrained(partial)
 
@@ -830,9 +815,11 @@ def frechet_error(f1, f2, groups, blocks: int = 16) -> float:
     pair = groups if np.ndim(groups[0]) else (groups, groups)
     first, second = [blocks_of(names, blocks) for names in pair]
     both = np.intersect1d(first, second)
-    values = [frechet(f1[first != k], f2[second != k]) for k in both] if len(both) > 1 else []
-    g = len(values)
-    return float((g - 1) / math.sqrt(g) * np.std(values, ddof=1)) if values else math.nan
+    g = len(both)
+    if g < 2:
+        return math.nan
+    values = [frechet(f1[first != k], f2[second != k]) for k in both]
+    return float((g - 1) / math.sqrt(g) * np.std(values, ddof=1))
 
 
 def kernel_distance(f1, f2, with_error: bool = False, paired: bool = False):
@@ -906,22 +893,19 @@ def fid(s: Fid) -> None:
     others = others[:len(test)]
     for rows in (test, others):
         check_patients(m, rows, "to compare (see --count)")
-    base = {"run": m.run.folder.name,
-            "protocol": f"{name}, {len(test)} images of {m.ds.name}, {m.run.size} px, {s.steps} "
-                        "DDIM steps"}
+    protocol = (f"{name}, {len(test)} images of {m.ds.name}, {m.run.size} px, {s.steps} DDIM "
+                "steps")
     key = [weights_digest(net), test.tolist(), others.tolist()]
-
-    def features(rows, pictures):
-        return on_all_ranks(rows, s.micro_batch, lambda some: embed(pictures(some)), "features")
 
     def row(kind, step, rows, pictures, *depends_on):
         groups = m.patients[test] if rows is test else (m.patients[test], m.patients[rows])
 
         def compute():
-            real, fake = features(test, m.ds.read), features(rows, pictures)
+            real = vectors(embed, m.ds.read, test, s.micro_batch)
+            fake = vectors(embed, pictures, rows, s.micro_batch)
             return on_rank_0(lambda: distances(real, fake, groups))  # the algebra once
 
-        return base | {"kind": kind, "step": step, "images": len(rows)} | cached(
+        return {"kind": kind, "step": step, "images": len(rows)} | cached(
             m, "fid", [key, kind, *depends_on], compute)
 
     def round_trip(rows):
@@ -938,7 +922,7 @@ def fid(s: Fid) -> None:
         data.write_json(m.run.folder / "best.json", {
             "step": best["step"], "fid": best["fid"], "protocol": name, "images": len(test),
             "steps": {row["step"]: row["fid"] for row in rows[2:]}})
-    finish(m, "fid", rows)
+    finish(m, "fid", rows, protocol=protocol)
 
 
 def reconstruct(ds, s, run, rows, variant=0) -> Tensor:
@@ -1141,7 +1125,7 @@ def synthesise(m, s, subset, made, folder) -> None:
     An image is named by its seed, and the folder by the generator: a killed run goes on, and other
     sizes, ratios and numbers of ranks find what they share.
     """
-    sources = [[m.ds.keys[i] for i in pair] for pair in subset[made.ends]]
+    sources = np.array(m.ds.keys)[subset[made.ends]].tolist()
     made.seeds = [f"{seed_of(s.seed, *image):015x}" for image in zip(
         sources, made.r.tolist(), made.variant.tolist())]
     nearer = subset[made.nearer]
@@ -1163,8 +1147,9 @@ def synthesise(m, s, subset, made, folder) -> None:
         return rows
 
     def missing():
-        is_new = not list(folder.glob("*.tar"))
-        there = set() if is_new else set(data.open_data(str(folder), m.run.size).keys)
+        there = set()
+        if any(folder.glob("*.tar")):
+            there.update(data.open_data(str(folder), m.run.size).keys)
         return [k for k, name in enumerate(made.seeds) if name not in there]
 
     on_all_ranks(on_rank_0(missing), 500, make, "synthetic images, 500 a batch")
@@ -1197,30 +1182,25 @@ def classify(s: Classify) -> None:
     kinds = [("real", "only", 0),
              *itertools.product(("augment", "synthetic"), s.strategies, s.ratios)]
     # Fold by fold, so that ranks get alike shares.
-    cells = [{"N": n, "experiment": kind[0], "strategy": kind[1], "ratio": kind[2], "fold": k}
+    cells = [dict(zip(("N", "experiment", "strategy", "ratio", "fold"), (n, *kind, k)))
              for k, n, kind in itertools.product(range(s.folds), picks, kinds)]
     jobs = [plan_fold(m, s, cell, subset, folds, made, folder.name) for cell in cells]
     results = on_all_ranks(jobs, len(jobs), functools.partial(train_all, s, m))
-    recipe = m.key(m.pool.tolist(), m.test.tolist(), [getattr(s, name) for name in RECIPE])
+    recipe = m.key(m.pool.tolist(), m.test.tolist(), s.recipe)
     protocol = (f"{', '.join(m.names)}, {len(m.test)} test images of {m.ds.name}, {m.run.size} px; "
                 f"{s.folds} folds, {s.epochs} epochs at {s.size} px, lr {s.lr:g}, {s.steps} DDIM "
                 f"steps, recipe {recipe[:6]}")
-    base = {"run": m.run.folder.name, "step": m.run.step, "protocol": protocol}
-    finish(m, "classify", [base | cell | result for cell, result in zip(cells, results)])
-
-
-RECIPE = "epochs batch lr weight_decay patience early_stop size net folds seed".split()
+    rows = [cell | result for cell, result in zip(cells, results)]
+    finish(m, "classify", rows, step=m.run.step, protocol=protocol)
 
 
 def plan_fold(m, s, cell, subset, folds, made, generator) -> tuple:
     """What train_fold takes for a cell of Table 1; the result is kept by what it depends on."""
     n, k, ratio = cell["N"], cell["fold"], cell["ratio"]
-    real = real_pictures(m, subset[:n], s.size)
     rows = np.setdiff1d(np.arange(n), folds[n][k])
-    parts = {"train": Subset(real, rows), "val": Subset(real, folds[n][k]),
-             "test": real_pictures(m, m.test, s.size)}
-    depends_on = [m.names, subset[:n].tolist(), m.test.tolist(), cell,
-                  [getattr(s, name) for name in RECIPE]]
+    places = {"train": subset[rows], "val": subset[folds[n][k]], "test": m.test}
+    parts = {name: real_pictures(m, place, s.size) for name, place in places.items()}
+    depends_on = [m.names, subset[:n].tolist(), m.test.tolist(), cell, s.recipe]
     if ratio:  # the first images inside, so 1:50 contains 1:10
         pairs = made[cell["strategy"], n]
         extra = Subset(pairs.pictures, pairs.inside(rows)[:ratio * len(rows)])
@@ -1238,9 +1218,11 @@ def plan_fold(m, s, cell, subset, folds, made, generator) -> tuple:
 def fidelity_sets(strategy, pairs, val) -> dict[str, Subset]:
     """Synthetic images whose sources the classifier has not seen, by min(r, 1 - r)."""
     rows = pairs.inside(val)[:2000]
-    is_far = np.minimum(pairs.r, 1 - pairs.r)[rows] > 0.25
-    parts = {", r up to 1/4 from the labelled end": rows[~is_far], ", r beyond 1/4": rows[is_far]}
-    parts = parts if pairs.r.any() else {"": rows}  # a reconstruction has no r
+    parts = {"": rows}
+    if strategy == "interpolate":
+        is_far = np.minimum(pairs.r, 1 - pairs.r)[rows] > 0.25
+        parts = {", r up to 1/4 from the labelled end": rows[~is_far],
+                 ", r beyond 1/4": rows[is_far]}
     return {f"fidelity: {strategy}{name}": Subset(pairs.pictures, part)
             for name, part in parts.items() if len(part)}
 
@@ -1263,11 +1245,10 @@ def train_fold(s, parts, seed, device, path) -> dict:
 
 def train_all(s, m, jobs) -> list[dict]:
     """The results of some trainings; on a CPU in one process a core, each of one thread."""
-    is_cpu = m.run.device.type == "cpu"
-    count = s.workers or (data.cores() // ranks()[1] if is_cpu else 1)
+    share = data.cores() // ranks()[1] if m.run.device.type == "cpu" else 1
     # TRAP: not by fork: a forked child would wait for the parent's threads.
-    return data.run_jobs(train_fold, jobs, "training classifiers", max(count, 1), " trainings",
-                         "spawn")
+    return data.run_jobs(train_fold, jobs, "training classifiers", s.workers or max(share, 1),
+                         " trainings", "spawn")
 
 
 def paired_tests(scores, baseline, test_share) -> tuple[float, float]:
@@ -1292,11 +1273,11 @@ def summarise(rows) -> list[dict]:
 
     The real-only baseline of an N is the first run's; of the ratios the best is bold.
     """
+    fields = ("N", "run", "experiment", "strategy", "ratio")
     aucs = defaultdict(dict)
     for row in rows:
-        run = row["run"] if row["ratio"] else ""
-        cell = row["N"], run, row["experiment"], row["strategy"], row["ratio"]
-        aucs[cell].setdefault(row["fold"], row.get("test", math.nan))
+        named = row if row["ratio"] else row | {"run": ""}
+        aucs[tuple(map(named.get, fields))].setdefault(row["fold"], row.get("test", math.nan))
     found = []
     for cell, folds in aucs.items():
         base = aucs[cell[0], "", "real", "only", 0]
@@ -1308,7 +1289,7 @@ def summarise(rows) -> list[dict]:
         sd = both[0].std(ddof=1)
         p, corrected = paired_tests(*both, 1 / (len(folds) - 1))
         low, gain, high = [100 * (auc / real - 1) for auc in (mean - sd, mean, mean + sd)]
-        found.append(dict(zip(("N", "run", "experiment", "strategy", "ratio"), cell)) | {
+        found.append(dict(zip(fields, cell)) | {
             "cell": cell[:4], "mean": mean, "text": f"{mean:.3f} ± {sd:.3f}",
             "mark": "*" * int(p < 0.05) + "†" * int(corrected < 0.05),
             "gain": gain, "gain_low": low, "gain_high": high})
@@ -1415,17 +1396,18 @@ def select(pool, target) -> tuple[np.ndarray, float]:
     this is the paper's *oracle* selection, with `expected_lungs` a rule that never sees the truth.
     CHOICE: below a Dice of 0.2 nothing is taken.
     """
-    size = target.shape[1:]
-    target = np.concatenate([target, target.max(0)[None]]).reshape(3, -1).astype(np.float32)
-    LEFT, RIGHT, BOTH = range(3)
+    both = target.max(0)
+    target = np.stack([*target, both]).reshape(3, -1).astype(np.float32)
     dice = 2 * pool @ target.T / (pool.sum(1)[:, None] + target.sum(1))  # (K, 3)
-    chosen = np.zeros(pool.shape[1], bool)
+    chosen = np.zeros(both.size, bool)
     while dice.max(initial=0) > 0.2:
         k, lung = np.unravel_index(dice.argmax(), dice.shape)
         chosen |= pool[k] > 0
+        if lung == 2:
+            break
         dice[pool @ pool[k] > 0] = 0
-        dice[:, [LEFT, RIGHT, BOTH] if lung == BOTH else [lung, BOTH]] = 0
-    return chosen.reshape(size), dice_score(chosen, target[2])
+        dice[:, [lung, 2]] = 0
+    return chosen.reshape(both.shape), dice_score(chosen, target[2])
 
 
 def dice_score(a, b) -> float:
@@ -1437,20 +1419,19 @@ def dice_score(a, b) -> float:
 def open_lungs(s: Segment) -> Measurement:
     """The images with masks, at most --count of each set, in m.test; the set of each in m.names."""
     m = open_measurement(s, 2_000_003, 4 * (s.count or 256))
-    m.test, m.names = [], []
-    sets = defaultdict(list)
-    for i, provider in enumerate(m.ds.providers):
-        sets[provider or m.ds.name].append(i)
-    for name, rows in sets.items():
+    sets = np.array([provider or m.ds.name for provider in m.ds.providers])
+    kept = []
+    for name in dict.fromkeys(sets.tolist()):
+        rows = np.flatnonzero(sets == name)
         if m.ds.seed is not None:  # one visit of each imaginary patient
             rows = np.unique(m.ds.patients, return_index=True)[1]
-        with_mask = [i for i in rows if m.ds.has_mask(i)]
-        kept = subsample(np.array(with_mask, int), s.count or len(rows))
-        m.test = np.concatenate([m.test, kept]).astype(int)
-        m.names += [name] * len(kept)
+        with_mask = rows[[m.ds.has_mask(i) for i in rows]]
+        kept.append(subsample(with_mask, s.count or len(rows)))
         m.notes.append(f"{name}: {len(rows) - len(with_mask)} of {len(rows)} images have no lung "
-                       f"mask and were left out; {len(kept)} are scored.")
-    if not m.names:
+                       f"mask and were left out; {len(kept[-1])} are scored.")
+    m.test = np.concatenate(kept)
+    m.names = sets[m.test]
+    if not len(m.test):
         raise UserError(f"{m.ds.name} has no lung masks; expected a set prepared with them")
     seen = seen_in_training(m)
     if seen:
@@ -1489,10 +1470,10 @@ def open_model(m, s, name, step):
 
 def attention_maps(s, run, c, images, t) -> dict[str, Tensor]:
     """{"all maps": A (B, S², S²), and of the --last ones}, from one UNet pass."""
-    lasts = {"all maps": 0} | ({f"last {s.last} maps": s.last} if s.last else {})
     own = encode_tokens(run, images)
     c = own if c is None else c.to(own).expand(len(images), -1, -1)
-    return dict(zip(lasts, diffseg.attentions(run, images, c, t, [*lasts.values()])))
+    maps = diffseg.attentions(run, images, c, t, sorted({0, s.last}))
+    return dict(zip(("all maps", f"last {s.last} maps"), maps))
 
 
 def score_image(s, A, M, image, truth) -> list[dict]:
@@ -1524,49 +1505,50 @@ def score_images(m, s, run, c, grids, t, ids) -> list[dict]:
     maps = attention_maps(s, run, c, images, t)
 
     def score(k, name, M):
+        own = {"key": int(ids[k]), "maps": name, "M": M}
         found = score_image(s, maps[name][k], M, images[k].numpy(), m.ds.mask(ids[k]))
-        return [{"key": int(ids[k]), "maps": name, "M": M, "tau": row["tau"],
-                 "oracle": row["oracle"], "rule": row["rule"]} for row in found]
+        return [own | {key: row[key] for key in ("tau", "oracle", "rule")} for row in found]
 
     settings = itertools.product(range(len(ids)), maps, grids)
     with ThreadPoolExecutor(max(1, data.cores() // ranks()[1])) as threads:
         return list(itertools.chain(*threads.map(score, *zip(*settings))))
 
 
-def measure(m, s, name, step, timesteps, ids) -> list[dict]:
-    """Rows of images: the Dice of each at each t and setting, by one network at one checkpoint."""
-    run, c = open_model(m, s, name, step)
-    side = run.size // run.vae.config.factor
-    batch = max(1, min(16, 2**24 // side**4))  # no more than the maps of one image of 512 px
+def measure(m, s, name, steps, timesteps, ids) -> list[dict]:
+    """Rows of images: the Dice of each at each step, t and setting, by one network."""
     grids = s.init_grids if name == s.init else s.grids
-    depends_on = [name_of(run), [] if c is None else c.tolist(), ids.tolist(), s.thresholds, grids,
-                  s.last, s.candidates, s.refine]
     rows = []
-    for t in timesteps:
-        score = functools.partial(score_images, m, s, run, c, grids, t)
-        found = cached(m, "segment", [depends_on, t], lambda: on_all_ranks(
-            ids, batch, score, f"{name}, step {step}, t {t}").tolist())
-        rows += [row | {"step": step, "t": t} for row in found]
+    for step in steps:
+        run, c = open_model(m, s, name, step)
+        side = run.size // run.vae.config.factor
+        batch = max(1, min(16, 2**24 // side**4))  # no more than the maps of one image of 512 px
+        depends_on = [name_of(run), [] if c is None else c.tolist(), ids.tolist(), s.thresholds,
+                      grids, s.last, s.candidates, s.refine]
+        for t in timesteps:
+            score = functools.partial(score_images, m, s, run, c, grids, t)
+            found = cached(m, "segment", [depends_on, t], lambda: on_all_ranks(
+                ids, batch, score, f"{name}, step {step}, t {t}").tolist())
+            rows += [row | {"step": step, "t": t} for row in found]
     return rows
 
 
 SETTING = ("step", "t", "maps", "M", "tau")
 
 
-def summarise_dice(m, s, rows, model, stage) -> list[dict]:
+def summarise_dice(m, rows, model, stage) -> list[dict]:
     """Rows of images -> a row a set, selection and setting: mean, SD, median, quartiles in %."""
     sets = dict(zip(m.test.tolist(), m.names))
     groups = defaultdict(list)
     for row, by in itertools.product(rows, ("oracle", "rule")):
         for name in (sets[row["key"]], "combined"):
-            groups[name, by, *map(row.get, SETTING)].append(100 * row[by])
-    how = f", {s.candidates} alone" * (s.candidates != "parts") + ", k-means" * s.refine
-    base = {"run": m.run.folder.name, "model": model, "stage": stage, "is_headline": False,
-            "protocol": f"{len(m.test)} images of {m.ds.name}, {m.run.size} px{how}"}
+            group = (name, by, *map(row.get, SETTING))  # apart: Python 3.10 has no [*…]
+            groups[group].append(100 * row[by])
     found = []
     for group, dice in sorted(groups.items(), key=lambda item: item[0][0] == "combined"):
         low, median, high = np.percentile(dice, (25, 50, 75)).tolist()
-        found.append(base | dict(zip(("set", "by", *SETTING), group)) | {
+        found.append({
+            "model": model, "stage": stage, "is_headline": False,
+            **dict(zip(("set", "by", *SETTING), group)),
             "images": len(dice), "dice": float(np.mean(dice)), "sd": float(np.std(dice)),
             "median": median, "median_low": low, "median_high": high})
     return found
@@ -1578,15 +1560,12 @@ def best_of(rows, maps="all maps") -> dict:
     return max(found, key=lambda row: row["dice"] * (row["tau"] is not None))
 
 
-def coarse_sweep(m, s, t) -> tuple[list[dict], list[int]]:
+def coarse_sweep(m, s, t):
     """-> rows of --coarse images of each set at every checkpoint, and the two best of these."""
-    names = np.array(m.names)
-    few = np.concatenate([subsample(m.test[names == name], s.coarse)
+    few = np.concatenate([subsample(m.test[m.names == name], s.coarse)
                           for name in dict.fromkeys(m.names)])
     steps = m.checkpoints if s.checkpoints == "all" else [m.run.step]
-    rows = []
-    for step in steps:
-        rows += summarise_dice(m, s, measure(m, s, OWN, step, [t], few), OWN, "coarse")
+    rows = summarise_dice(m, measure(m, s, OWN, steps, [t], few), OWN, "coarse")
     ranked = sorted(steps, key=lambda step: -best_of(matching(rows, {"step": step}))["dice"])
     return rows, ranked[:2]
 
@@ -1603,38 +1582,34 @@ def segment(s: Segment) -> None:
         m.notes.append("sd15 was made for the latents of its own VAE; this run's VAE is "
                        f"{own_vae[:80] or 'trained here'}.")
     base = min(s.timesteps, key=lambda t: abs(t - 300))
-    rows = floor_rows(m, s)
-    for name in [s.init] * bool(s.init) + [UNTRAINED, OWN]:  # what may not open comes first
+    floor = []
+    for i in m.test.tolist():
+        dice = dice_score(otsu_lungs(m.ds[i]), m.ds.mask(i).any(0))
+        floor.append({"key": i, "oracle": dice, "rule": dice})
+    rows = matching(summarise_dice(m, floor, OTSU, "full"), {"by": "rule"})
+    for row in rows:
+        row["is_headline"] = True
+    for name in filter(None, (s.init, UNTRAINED, OWN)):  # what may not open comes first
         fixed = 0
         steps = [0]
         if name == OWN:
             fixed = m.run.step
             coarse, steps = coarse_sweep(m, s, base)
             rows += coarse
-        images = []
-        for step in dict.fromkeys([*steps, fixed]):
-            images += measure(m, s, name, step, s.timesteps, m.test)
-        full = summarise_dice(m, s, images, name, "full")
-        first_grid = (s.init_grids if name == s.init else s.grids)[0]
+        images = measure(m, s, name, dict.fromkeys([*steps, fixed]), s.timesteps, m.test)
+        full = summarise_dice(m, images, name, "full")
         for maps in dict.fromkeys(row["maps"] for row in full):
             best = best_of(full, maps)
             oracle = {key: best[key] for key in ("by", *SETTING)}
-            rule = dict(zip(("by", *SETTING), ("rule", fixed, base, maps, first_grid, None)))
+            rule = {"by": "rule", "step": fixed, "t": base, "maps": maps, "M": full[0]["M"],
+                    "tau": None}
             for row in [*matching(full, oracle), *matching(full, rule)]:
                 row["is_headline"] = True
         rows += full
     gallery(m, s, best_of(full), images)
-    finish(m, "segment", rows)
-
-
-def floor_rows(m, s) -> list[dict]:
-    """What needs no network: Otsu's dark regions."""
-    rows = []
-    for i in m.test.tolist():
-        dice = dice_score(otsu_lungs(m.ds[i]), m.ds.mask(i).any(0))
-        rows.append({"key": i, "oracle": dice, "rule": dice})
-    found = summarise_dice(m, s, rows, OTSU, "full")
-    return [row | {"is_headline": True} for row in matching(found, {"by": "rule"})]
+    how = f", {s.candidates} alone" * (s.candidates != "parts") + ", k-means" * s.refine
+    finish(m, "segment", rows,
+           protocol=f"{len(m.test)} images of {m.ds.name}, {m.run.size} px{how}")
 
 
 @torch.no_grad()
@@ -1646,7 +1621,7 @@ def gallery(m, s, best, rows) -> None:
     cells = []
     titles = []
     for name in dict.fromkeys(m.names):
-        order = sorted(m.test[np.array(m.names) == name].tolist(), key=dice.get)
+        order = sorted(m.test[m.names == name].tolist(), key=dice.get)
         for i in dict.fromkeys([*order[-2:], *order[:2]]):
             images = m.ds.read([i])
             image = images[0].numpy()
@@ -1658,8 +1633,8 @@ def gallery(m, s, best, rows) -> None:
                 cells.append(np.stack([image - green, image, image - green], 2))
             titles.append(f"{name}: {100 * dice[i]:.0f} %")
     captions = ["X-ray", "true lungs", "oracle", "rule"] * len(titles)
-    if ranks()[0] == 0:
-        data.save_png(m.out / "figure5-9.png", data.grid(cells, 4, captions, titles))
+    on_rank_0(lambda: data.save_png(m.out / "figure5-9.png",
+                                    data.grid(cells, 4, captions, titles)))
 
 
 def segment_section(rows, out, k=0) -> list[str]:
@@ -1722,12 +1697,6 @@ def likeness(distance, usual) -> dict:
             "chance": chance_below(distance[:, None], usual)}
 
 
-def vectors(vector, pictures, ids) -> Tensor:
-    """vector(images) of pictures(ids), (n, d), by all ranks."""
-    found = on_all_ranks(ids, 256, lambda some: vector(pictures(some)), "reading")
-    return torch.from_numpy(found)
-
-
 def make(m, s, ds, ids, variant=0) -> Tensor:
     """A reconstruction of each of ds[ids], by all ranks."""
     work = functools.partial(reconstruct, ds, s, m.run, variant=variant)
@@ -1771,26 +1740,19 @@ def audit(s: Audit) -> None:
     worst = [i for i in shown[far] if s.finding in ("", *m.ds.labels[i])][:8]
     if s.finding:
         m.notes.append(f"Figure 8 is from images with {s.finding} alone (--finding).")
-    failures = [m.ds.read(worst), *[make(m, s, m.ds, worst, variant) for variant in range(4)]]
+    failures = [*m.ds.read(worst)]
+    for variant in range(4):
+        failures += make(m, s, m.ds, worst, variant)
     if ranks()[0] == 0:
         save_sheet(m.out / "audit.png", cells, len(near), titles)
-        save_sheet(m.out / "figure8.png", torch.cat(failures), len(worst),
+        save_sheet(m.out / "figure8.png", failures, len(worst),
                    ["real", *[f"variant {k}" for k in range(4)]])
-    searched = {"the generator's training images": (m.train, trained, len(m.train)),
-                "the classifier's training part": (m.ds, subsample(m.pool, s.train_images),
-                                                   len(m.pool))}
-    copied = {}
-    for among, (ds, others, total) in searched.items():
-        if ds.seed == m.ds.seed:  # of the phantoms of two seeds two in a million look alike
-            copied[f"{among} ({len(others):,} of {total:,} compared with {len(unseen):,} of "
-                   f"{len(m.test):,} test images)"] = copies(m, unseen, ds, others)
-    rows += [{"among": among, "copies": names} for among, names in copied.items()]
-    base = {"run": m.run.folder.name, "step": m.run.step}
+    copied = copies(m, unseen, s.train_images)
     try:
-        for among, names in copied.items():
-            check_leak(s, m, f"test images are copies among {among}", names)
+        for row in copied:
+            check_leak(s, m, f"test images are copies among {row['among']}", row["copies"])
     finally:  # what was computed stays
-        finish(m, "audit", [base | row for row in rows])
+        finish(m, "audit", rows + copied, step=m.run.step)
 
 
 def save_sheet(path, images, columns, titles) -> None:
@@ -1798,12 +1760,21 @@ def save_sheet(path, images, columns, titles) -> None:
     data.save_png(path, data.grid(cells, columns, None, titles))
 
 
-def copies(m, ids, ds, others) -> list[str]:
-    """Test images whose thumbnails are those of ds[others], each with what it is a copy of."""
-    distance, index = torch.cdist(vectors(thumbnails, m.ds.read, ids),
-                                  vectors(thumbnails, ds.read, others)).min(1)
-    hits = np.flatnonzero(1 - distance**2 / 2 >= COPY)  # |a - b|² = 2 - 2 a·b
-    return [f"{m.ds.keys[ids[k]]} = {ds.keys[others[index[k]]]}" for k in hits]
+def copies(m, ids, count) -> list[dict]:
+    """Test images whose thumbnails are those of training images, each with what it is a copy of."""
+    rows = []
+    for among, ds, pool in (
+            ("the generator's training images", m.train, np.arange(len(m.train))),
+            ("the classifier's training part", m.ds, m.pool)):
+        others = subsample(pool, count)
+        if ds.seed == m.ds.seed:  # of the phantoms of two seeds two in a million look alike
+            correlation, index = (vectors(thumbnails, m.ds.read, ids)
+                                  @ vectors(thumbnails, ds.read, others).T).max(1)
+            named = [f"{m.ds.keys[ids[k]]} = {ds.keys[others[index[k]]]}"
+                     for k in np.flatnonzero(correlation >= COPY)]
+            rows.append({"copies": named, "among": f"{among} ({len(others):,} of {len(pool):,} "
+                         f"compared with {len(ids):,} of {len(m.test):,} test images)"})
+    return rows
 
 
 def audit_section(rows, out, k=0) -> list[str]:
@@ -1859,13 +1830,12 @@ def evaluate_all(s: Everything) -> None:
     """
     dinodiff.start_ranks(dinodiff.pick_device(s.device))
     folder = str(s.run_dir or dinodiff.newest_run())
-    usual = vars(Everything())
-    given = {key: value for key, value in vars(s).items() if value != usual[key]}
+    given = {key: value for key, value in vars(s).items() if value != getattr(Everything, key)}
+    given["run_dir"] = folder
     failed = []
     for name, (kind, function, _) in COMMANDS.items():
         settings = defaults_for(kind, ["--run-dir", folder])
         changed = {key: given[key] for key in given if hasattr(settings, key)}
-        changed["run_dir"] = folder
         if name == "segment" and s.lungs:
             changed |= {"data": s.lungs, "labels": ""}
         try:
@@ -1896,20 +1866,23 @@ def write_report(places: dict[Path, Path], out: Path, notes=()) -> None:
 
     places: {folder of results: folder of the run}. UserError where one of them has no results.
     """
-    found = {name: [read_rows(place / f"{name}.json") for place in places] for name in COMMANDS}
-    for k, place in enumerate(places):
-        if not any(rows[k] for rows in found.values()):
-            raise UserError(f"{places[place]}: no results in {place}, expected those of python "
+    joined = defaultdict(list)
+    own = defaultdict(list)
+    for place, folder in places.items():
+        found = {name: read_rows(place / f"{name}.json") for name in COMMANDS}
+        if not any(found.values()):
+            raise UserError(f"{folder}: no results in {place}, expected those of python "
                             f"evaluate.py {' | '.join(COMMANDS)}")
+        for name, rows in found.items():
+            joined[name] += [row | {"run": folder.name} for row in rows]
+            if rows:
+                own[name] += own_parts(name, place, out, folder.name)
     lines = ["# Evaluation", "", "No medical device; nothing here is validated for clinical use.\n",
              *[f"> {note}\n" for note in notes]]
-    joined = {name: list(itertools.chain(*rows)) for name, rows in found.items()}
     for name, (_, _, section) in COMMANDS.items():
         for k, part in enumerate(by_protocol(joined[name])):
             lines += section(part, out, k)
-        for place, rows in zip(places, found[name]):
-            if rows:
-                lines += own_parts(name, place, out, rows[0]["run"])
+        lines += own[name]
     lines += fid_against_dice(joined["fid"], joined["segment"], out)
     for page in sorted(Path(__file__).parent.glob("docs/paper_table*.md")):
         lines.append(page.read_text("utf-8"))
@@ -1952,16 +1925,12 @@ def own_parts(name, place, out, run) -> list[str]:
 
 def fid_against_dice(fids, segments, out) -> list[str]:
     """B.2: does a better FID segment better? A line a run over its checkpoints."""
-    dice = defaultdict(float)
-    for row in matching(segments, {"model": OWN, "by": "oracle", "maps": "all maps",
-                                   "set": "combined", "stage": "coarse"}):
-        key = row["run"], row["step"]  # the coarse sweep is the same for all checkpoints
-        if row["tau"] is not None:  # as in best_of
-            dice[key] = max(dice[key], row["dice"])
     found = []
     for row in matching(fids, {"kind": "reconstruction"}):
-        if (row["run"], row["step"]) in dice:
-            fields = dict.fromkeys(("dice", "dice_low", "dice_high"), dice[row["run"], row["step"]])
+        own = matching(segments, {"model": OWN, "stage": "coarse", "run": row["run"],
+                                  "step": row["step"]})  # this sweep is alike at all checkpoints
+        if own:
+            fields = dict.fromkeys(("dice", "dice_low", "dice_high"), best_of(own)["dice"])
             found.append(row | fields | {"fid": round(row["fid"], 2)})
     return [chart(out / f"fid-dice-{k}.png", part, "{run}", "fid", "dice",
                   f"Dice against FID over checkpoints (B.2), {part[0]['protocol']}",
