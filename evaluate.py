@@ -300,7 +300,7 @@ def open_run(folder, step, device):
 
 def choose_step(s):
     """-> run folder, steps of its checkpoints, and the one of --step; best: that of best.json."""
-    folder = Path(s.run_dir or dinodiff.newest_run())
+    folder = Path(s.run_dir or dinodiff.newest_run()).absolute()  # "." has no name
     steps = dinodiff.checkpoint_steps(folder)
     step = s.step or ("best" if (folder / "best.json").is_file() else "newest")
     if step == "newest":
@@ -800,7 +800,8 @@ def blocks_of(groups, blocks) -> np.ndarray:
     middle = np.cumsum(counts[order]) - counts[order] / 2
     block = np.empty(len(names), int)
     block[order] = middle * min(blocks, len(names)) // len(group)
-    return block[group]
+    # Without gaps, which patients of many images leave: two sets then have blocks in common.
+    return np.unique(block, return_inverse=True)[1][group]
 
 
 def frechet_error(f1, f2, groups, blocks: int = 16) -> float:
@@ -814,11 +815,10 @@ def frechet_error(f1, f2, groups, blocks: int = 16) -> float:
     f1, f2 = finite_features(f1, f2)
     pair = groups if np.ndim(groups[0]) else (groups, groups)
     first, second = [blocks_of(names, blocks) for names in pair]
-    both = np.intersect1d(first, second)
-    g = len(both)
+    g = 1 + min(first.max(), second.max())
     if g < 2:
         return math.nan
-    values = [frechet(f1[first != k], f2[second != k]) for k in both]
+    values = [frechet(f1[first != k], f2[second != k]) for k in range(g)]
     return float((g - 1) / math.sqrt(g) * np.std(values, ddof=1))
 
 
@@ -1829,7 +1829,7 @@ def evaluate_all(s: Everything) -> None:
     On several ranks it ends the program: the other ranks may already wait for this one.
     """
     dinodiff.start_ranks(dinodiff.pick_device(s.device))
-    folder = str(s.run_dir or dinodiff.newest_run())
+    folder = str(Path(s.run_dir or dinodiff.newest_run()).absolute())
     given = {key: value for key, value in vars(s).items() if value != getattr(Everything, key)}
     given["run_dir"] = folder
     failed = []
@@ -1853,7 +1853,7 @@ def evaluate_all(s: Everything) -> None:
 
 def report(s: Report) -> None:
     """The results of one run, or of several side by side as in the paper."""
-    folders = [Path(name) for name in s.run_dir or (dinodiff.newest_run(),)]
+    folders = [Path(name).absolute() for name in s.run_dir or (dinodiff.newest_run(),)]
     if len({folder.name for folder in folders}) < len(folders):
         raise UserError(f"found the run folders {', '.join(map(str, folders))}, expected a name "
                         "for each: tables and figures go by it")

@@ -3233,6 +3233,9 @@ def test_frechet_error_blocks_keep_patients_whole_and_near_equal():
     assert np.bincount(block, minlength=16).min() >= 15 and np.bincount(block).max() <= 24
     assert set(evaluate.blocks_of(["a", "a", "b"], 16)) == {0, 1}
     assert math.isnan(evaluate.frechet_error(np.eye(4), np.eye(4), ["a"] * 4))
+    first, second = np.repeat(list("abc"), (1, 1, 98)), np.repeat(list("cba"), (1, 28, 1))
+    features = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    assert evaluate.frechet_error(features, features[:30], (first, second)) > 0
 
 
 def test_nan_features_are_refused():
