@@ -62,14 +62,15 @@ import evaluate
 import unet as unet_file
 import vae as vae_file
 import vit
-from data import (FINDINGS, INDEX, Sample, UserError, balanced_subsets, encode, index_folder,
-                  load_image, open_data, preprocess, read_json, read_labels, read_weights,
-                  render_phantom, save_png, to_model, uniforms, write_json, write_shard,
-                  write_weights)
+from data import (FINDINGS, INDEX, Check, Sample, UserError, augment, balanced_subsets, batches,
+                  encode, index_folder, load_image, load_tensors, open_data, preprocess,
+                  read_json, read_labels, read_weights, render_phantom, save_png, to_model,
+                  uniforms, write_json, write_shard, write_weights)
 from diffseg import aggregate
 from dinodiff import (Adam8bit, SampleSettings, Schedule, checkpoint_folder, checkpoint_steps,
-                      ddim_sample, ddpm_sample, encode_tokens, load_run)
-from evaluate import DenseNet
+                      ddim_sample, ddpm_sample, encode_tokens, generate, load_run)
+from evaluate import (Classify, DenseNet, Fid, candidates, frechet_distance, kernel_distance,
+                      open_labelled, prdc, read_pickled_tensors)
 from unet import CROSS, PLAIN, UNet, UNetConfig
 from vae import VAE, VAEConfig, VAESettings, train_vae
 from vit import DinoSettings, ViT, ViTConfig, crops, dino_loss, train_dino
@@ -78,7 +79,6 @@ from vit import DinoSettings, ViT, ViTConfig, crops, dino_loss, train_dino
 # ==== The networks: UNet, VAE, DiffSeg ===========================================================
 
 
-torch.set_num_threads(1)  # of small nets two threads wait for each other
 HERE = Path(data.__file__).parent
 LAYOUTS = HERE.parent / "shared" / "layouts"  # key -> shape of the public checkpoints
 
@@ -119,7 +119,8 @@ def change_json(path, **changes) -> None:
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path, tmp_path_factory, monkeypatch):
-    """Each test has an empty working folder, the seed 0, and the cache of this session."""
+    """Each test has an empty working folder, one thread, the seed 0, the cache of this session."""
+    torch.set_num_threads(1)  # of small nets two threads wait for each other
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DINODIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -957,7 +958,7 @@ def test_dino_learns_to_know_an_image_by_any_view_of_it(dino_set):
     assert found[0] > found[1] + 0.1, found
     # Collapse would be an entropy of 0 or ln 128 = 4.85, or a spread of 0.
     assert 0.2 < rows[-1]["teacher_entropy"] < 4.6 and rows[-1]["feature_spread"] > 0.1
-    stream = data.batches(dino_set, 32, 250, 0)  # what the final norm was rescaled to
+    stream = batches(dino_set, 32, 250, 0)  # what the final norm was rescaled to
     last = torch.cat([next(stream)[2] for _ in range(16)])
     tokens = trained(trained.prepare(to_model(last)))[:, 0].detach()
     assert tokens.mean(0).abs().max() < 1e-3 and far(tokens.std(0), 1) < 0.01
@@ -1395,7 +1396,7 @@ def test_micro_batches_add_up_and_the_average_has_no_graph(workshop):
     """A loss not divided by the number of passes; an average whose graph grows by every step."""
     run = workshop.train("micro", steps=2, micro_batch=2)
     assert np.allclose(losses_of(run), losses_of("whole")[:2], atol=1e-4)
-    unet = UNet(SMALL.unet_config)
+    unet = UNet(TINY_UNET)
     average = dinodiff.freeze(copy.deepcopy(unet), torch.device("cpu"))
     for step in (1, 2, 3):
         dinodiff.update_average(average, unet, 0.9, step)
@@ -1431,7 +1432,7 @@ def test_latents_are_scaled_wherever_they_enter_or_leave_the_unet(workshop, monk
     made = []
     for one in map(load_run, (run, "whole")):
         c = encode_tokens(one, images)
-        pictures = dinodiff.generate(one, c, list(range(8)), steps=3).float()
+        pictures = generate(one, c, list(range(8)), steps=3).float()
         made.append((dinodiff.encode_latents(one, images), pictures / 255))
     for ours, theirs in zip(*made):
         assert torch.allclose(ours, theirs, atol=1e-2) and theirs.std() > 0.01
@@ -1663,7 +1664,7 @@ def test_a_sample_depends_on_its_image_and_seed_alone(workshop):
     for name, i in (("x00", 1), ("x01", -1)):
         exact = draw_samples(f"exact-{name}", f"{name}.png", exact_seed=7)[f"{name}_v0"]
         c = encode_tokens(run, torch.from_numpy(load_image(f"{name}.png"))[None])
-        assert np.abs(exact - dinodiff.generate(run, c, [7], 4)[0].int().numpy()).max() <= 1
+        assert np.abs(exact - generate(run, c, [7], 4)[0].int().numpy()).max() <= 1
         assert np.abs(exact - ends[sorted(ends)[i]]).max() <= 1
 
 
@@ -1671,7 +1672,7 @@ def test_train_on_all_tokens_and_mix_halves(workshop):
     """Appendix A.1: a token a patch, half of them from another image. What `sample` cannot use."""
     workshop.train("all", tokens="all", steps=1)
     assert len(draw_samples("mixed", "x00.png", "x01.png", run_dir="all", mode="mix")) == 2
-    mixed = dinodiff.mix_tokens(torch.zeros(17, 4), torch.ones(17, 4), SMALL.vit_config)
+    mixed = dinodiff.mix_tokens(torch.zeros(17, 4), torch.ones(17, 4), TINY_VIT)
     assert mixed[:, 0].tolist() == [0.5] + [0.0] * 8 + [1.0] * 8
     Path("broken.png").write_bytes(b"not a picture")
     for image, settings, message in (
@@ -1821,7 +1822,7 @@ def test_data_small_files_that_are_damaged_are_named(content):
     """A traceback for a config.json that is missing, empty, cut, binary or a list."""
     if content is not None:
         Path("config.json").write_bytes(content)
-    for read in (read_json, data.load_tensors, data.read_index):
+    for read in (read_json, load_tensors, data.read_index):
         refuses("config.json.*remove it", read, "config.json")
 
 
@@ -1830,7 +1831,7 @@ def test_data_files_are_whole_or_absent(monkeypatch):
     os.umask(0o022)
     data.write_file(".x.safetensors.partial/.tmpAb12", b"left by a kill")
     data.save_tensors("x.safetensors", {"a": torch.ones(3)})
-    assert data.load_tensors("x.safetensors")["a"].tolist() == [1, 1, 1]
+    assert load_tensors("x.safetensors")["a"].tolist() == [1, 1, 1]
     assert stat.S_IMODE(os.stat("x.safetensors").st_mode) == 0o644
     with pytest.raises(ZeroDivisionError), data.whole("y") as partial:
         partial.write_text(f"half {1 / 0}")
@@ -1911,7 +1912,7 @@ def test_only_regular_files_are_opened():
         for spec in (".", "*.tar"):
             assert list(open_data(spec, 16).keys) == ["k"]
         for read, name in ((load_image, "x.png"), (read_labels, "x.png"),
-                           (read_json, "config.json"), (data.load_tensors, INDEX),
+                           (read_json, "config.json"), (load_tensors, INDEX),
                            (read_weights, "."), (read_weights, "model.safetensors")):
             refuses("", read, name)
 
@@ -2050,7 +2051,7 @@ def test_constant_images_are_reported(capsys):
     assert list(data_prepare("in", "out").keys) == ["a"]
     assert "same value" in read_json("out/unreadable.json")["black.png"]
     data_tar("s.tar", {"white.png": encode(data_xray() * 0 + 255)})
-    refuses("1 images, problems: 1", data.check, data.Check("s.tar"))
+    refuses("1 images, problems: 1", data.check, Check("s.tar"))
     assert "white: every pixel has the same value" in capsys.readouterr().out
 
 
@@ -2496,7 +2497,7 @@ def test_foreign_keys_end_at_the_last_dot_and_the_plain_picture_wins(capsys):
     assert list(ds.keys) == ["1.2.276.0", "1.2.276.1", "k", "k", "m"]
     assert (ds[2] == preprocess(data_xray(2), 32)).all() and ds.mask(2) is None
     assert ds.mask(4)[0].sum() == 32 * 4 and ds.patients[4] == "p"
-    refuses("5 images, problems: 1", data.check, data.Check("*.tar"))
+    refuses("5 images, problems: 1", data.check, Check("*.tar"))
     assert "1 images have the key of another" in capsys.readouterr().out
     assert not Path(INDEX).exists(), "written where nobody asked for it"
     data_tar("a.tar", {"n.png": png[3], "1.2.276.1.png": png[1], "k.png": png[2]})
@@ -2510,18 +2511,18 @@ def test_an_image_that_cannot_be_read_is_named_and_never_replaced(capsys):
     ds = open_data(spec, 32)
     assert len(ds.shards) == 5 and ds.digest == open_data("shards", 16).digest
     capsys.readouterr()
-    data.check(data.Check(spec))
+    data.check(Check(spec))
     assert capsys.readouterr().out == f"{spec}: 23 images, all readable\n"
     with open(ds.shards[1], "r+b") as file:
         file.seek(ds.rows["image"][7])
         file.write(bytes(ds.rows["image_bytes"][7]))
     place = re.escape(spec)  # where the damage is, whatever was given
-    for read in (lambda: ds[7], lambda: ds.read([6, 7]), lambda: list(data.batches(ds, 23)),
-                 lambda: list(data.batches(ds, 23, workers=2)),
+    for read in (lambda: ds[7], lambda: ds.read([6, 7]), lambda: list(batches(ds, 23)),
+                 lambda: list(batches(ds, 23, workers=2)),
                  lambda: open_data("shards", 32)[7]):
         refuses(f"shard-000001.tar.*x007.*data.py check '.*{place}'", read)
     os.remove("shards/shard-000000.tar")
-    refuses("18 images, problems: 2", data.check, data.Check(spec))
+    refuses("18 images, problems: 2", data.check, Check(spec))
     told = capsys.readouterr()
     assert "names 1 shards that are not there, such as shard-000000" in told.err
     assert "shard-000000.tar: missing" in told.out
@@ -2603,7 +2604,7 @@ def test_batches_depend_on_seed_and_step_alone(workers):
     ds = data_prepared()
 
     def take(count, *arguments, **named):
-        stream = data.batches(ds, *arguments, workers=workers, **named)
+        stream = batches(ds, *arguments, workers=workers, **named)
         return [(step, ids.numpy(), x) for _, (step, ids, x) in zip(range(count), stream)]
 
     state = torch.get_rng_state()
@@ -2625,7 +2626,7 @@ def test_readers_outlive_sigterm_and_die_in_one_message():
     ds = data_prepared()
 
     def train(settings):
-        for step, _, worker in data.batches(ds, 4, workers=1, read=lambda ids, step: os.getpid()):
+        for step, _, worker in batches(ds, 4, workers=1, read=lambda ids, step: os.getpid()):
             os.kill(worker, (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)[step // 10])
             time.sleep(0.1 * (step >= 20))
 
@@ -2643,7 +2644,7 @@ def test_shared_memory_that_is_small_means_fewer_batches_not_a_hang(monkeypatch,
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert data.fit_shared_memory(4, 3_000_000) == 1
     monkeypatch.setattr(data, "free_shared_memory", lambda: 1)
-    stream = data.batches(data_prepared(), 4, workers=2, read=lambda ids, step: os.getpid())
+    stream = batches(data_prepared(), 4, workers=2, read=lambda ids, step: os.getpid())
     assert next(stream)[2] == os.getpid()
 
 
@@ -2658,7 +2659,7 @@ def test_pipe_shards_are_fetched_once_checked_and_dropped(monkeypatch, capsys):
         remote = open_data(spec, 32, cache_gb=gigabytes)
         for path in remote.remote.folder.glob("*.tar"):
             path.unlink()
-        streams = [data.batches(ds, 12, workers=2) for ds in (local, remote)]
+        streams = [batches(ds, 12, workers=2) for ds in (local, remote)]
         for _, (s, i, x), (t, j, y) in zip(range(10), *streams):  # two epochs
             assert (s, i.tolist()) == (t, j.tolist()) and torch.equal(x, y)
         del streams
@@ -2692,13 +2693,13 @@ def test_augmentation_is_a_function_of_seed_image_and_step():
     """Augmentation that depends on the batch, or on the precision of the nets around it."""
     images = torch.from_numpy(np.stack([data_xray(i, 64, 64) for i in range(6)]))
     ids = torch.arange(6) * 1000
-    whole = data.augment(images, ids, 7, 3)
+    whole = augment(images, ids, 7, 3)
     assert whole.shape == (6, 1, 64, 64) and whole.dtype == torch.float32 and whole.abs().max() <= 1
-    assert torch.allclose(data.augment(images[2:4], ids[2:4], 7, 3), whole[2:4], atol=1e-6)
+    assert torch.allclose(augment(images[2:4], ids[2:4], 7, 3), whole[2:4], atol=1e-6)
     for other in ((ids, 8, 3), (ids, 7, 4), (ids + 1, 7, 3)):
-        assert (data.augment(images, *other) - whole).abs().mean() > 0.01
+        assert (augment(images, *other) - whole).abs().mean() > 0.01
     with torch.autocast("cpu", torch.bfloat16):  # would round the grid to pixels and more
-        assert torch.equal(data.augment(images, ids, 7, 3), whole)
+        assert torch.equal(augment(images, ids, 7, 3), whole)
 
 
 def test_augmentation_stays_within_the_papers_ranges(monkeypatch):
@@ -2706,7 +2707,7 @@ def test_augmentation_stays_within_the_papers_ranges(monkeypatch):
     spots = np.zeros((400, 100, 100), np.uint8)
     for k, (y, x) in enumerate(((50, 30), (50, 70), (30, 50), (70, 50))):  # left right top bottom
         spots[k::4, y - 2:y + 2, x - 2:x + 2] = 255
-    x = data.augment(torch.from_numpy(spots), np.arange(400) // 4, 0, 0)[:, 0] + 1
+    x = augment(torch.from_numpy(spots), np.arange(400) // 4, 0, 0)[:, 0] + 1
     place = np.array([ndimage.center_of_mass(spot) for spot in x.numpy()]) + 0.5
     left, right, top, bottom = place.reshape(100, 4, 2).swapaxes(0, 1)  # (100, 2): y, x
     across = (right - left) / 40
@@ -2718,11 +2719,11 @@ def test_augmentation_stays_within_the_papers_ranges(monkeypatch):
     assert (shear > 0.03).all() and (shear < 0.055).all()
     assert (shift > 3.5).all() and (shift < 5.5).all()
     grey = torch.full((50, 32, 32), 60, dtype=torch.uint8)
-    assert torch.allclose(data.augment(grey, np.arange(50), 0, 0), torch.tensor(60 / 127.5 - 1))
+    assert torch.allclose(augment(grey, np.arange(50), 0, 0), torch.tensor(60 / 127.5 - 1))
     flat = torch.from_numpy(np.stack([data_xray(1, 64, 64)] * 200))
-    sharp = data.augment(flat, np.arange(200), 0, 0)
+    sharp = augment(flat, np.arange(200), 0, 0)
     monkeypatch.setattr(data, "SHARPEN", 0.0)
-    soft = data.augment(flat, np.arange(200), 0, 0)
+    soft = augment(flat, np.arange(200), 0, 0)
     assert 0.4 < (sharp != soft).flatten(1).any(1).float().mean() < 0.6
 
 
@@ -2952,10 +2953,10 @@ def test_densenet_loads_public_files(hub):
     net = DenseNet(18)
     net.save_pretrained("safe")
     torch.save(net, "model.pt")
-    refuses("hf download", evaluate.xrv_features, ON_CPU, evaluate.Fid())
+    refuses("hf download", evaluate.xrv_features, ON_CPU, Fid())
     hub("models--" + evaluate.XRV.replace("/", "--"), "model.pt", Path("model.pt"))
     for again in (*map(DenseNet.from_pretrained, (".", "model.pt", "safe")),
-                  evaluate.xrv_features(ON_CPU, evaluate.Fid())[1]):
+                  evaluate.xrv_features(ON_CPU, Fid())[1]):
         found = again.state_dict()
         assert all(torch.equal(found[key], tensor) for key, tensor in net.state_dict().items())
 
@@ -2975,7 +2976,7 @@ def test_hostile_pickle_runs_nothing(zipped):
     """A weights file that calls os.system when unpickled is read, and the command never run."""
     state = OrderedDict(a=torch.arange(6.0)[::2], bad=HostilePickle())
     torch.save(state, "model.pt", _use_new_zipfile_serialization=zipped)
-    read = evaluate.read_pickled_tensors("model.pt")
+    read = read_pickled_tensors("model.pt")
     assert read["a"].tolist() == [0, 2, 4] and not Path("owned").exists()
     torch.load("model.pt", weights_only=False)  # as dangerous as claimed
     assert Path("owned").exists()
@@ -2992,7 +2993,7 @@ def test_torchscript_in_disguise_is_refused():
     with zipfile.ZipFile("disguised.pt") as seen:
         assert not any(name.endswith("constants.pkl") for name in seen.namelist())
     for name in ("script.pt", "disguised.pt"):
-        refuses("TorchScript", evaluate.read_pickled_tensors, name)
+        refuses("TorchScript", read_pickled_tensors, name)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -3001,14 +3002,14 @@ def test_damaged_pickles_are_refused(zipped):
     model = PickledNet()
     model.features.norm0.running_mean += torch.arange(8.0)
     torch.save(model, "whole.pt", _use_new_zipfile_serialization=zipped)
-    read = evaluate.read_pickled_tensors("whole.pt")
+    read = read_pickled_tensors("whole.pt")
     wanted = model.state_dict()
     assert read.keys() == wanted.keys()
     assert all(torch.equal(read[key], tensor) for key, tensor in wanted.items())
     content = Path("whole.pt").read_bytes()
     for cut in (0, 7, len(content) // 2, len(content) - 40):
         Path("cut.pt").write_bytes(content[:cut])
-        refuses("", evaluate.read_pickled_tensors, "cut.pt")
+        refuses("", read_pickled_tensors, "cut.pt")
 
 
 def two_gaussians(d=12, n=400):
@@ -3026,15 +3027,15 @@ def test_frechet_distance_equals_sqrtm_and_closed_forms():
 
     a, b = two_gaussians()
     m1, m2, c1, c2 = a.mean(0), b.mean(0), a.T.cov(), b.T.cov()
-    assert evaluate.frechet_distance(m1, c1, m2, c2) == pytest.approx(by_sqrtm(m1, c1, m2, c2))
-    same = evaluate.frechet_distance(m1.numpy(), c1.numpy(), m2.numpy(), c1.numpy())
+    assert frechet_distance(m1, c1, m2, c2) == pytest.approx(by_sqrtm(m1, c1, m2, c2))
+    same = frechet_distance(m1.numpy(), c1.numpy(), m2.numpy(), c1.numpy())
     assert abs(same - float((m1 - m2).square().sum())) < 1e-9
     a, b = two_gaussians(d=30, n=12)  # singular: fewer images than dimensions
     mean, c1, c2 = a.mean(0), a.T.cov(), b[:9].T.cov()
-    assert evaluate.frechet_distance(mean, c1, mean, c1) < 1e-6 * float(c1.trace())
+    assert frechet_distance(mean, c1, mean, c1) < 1e-6 * float(c1.trace())
     jitter = 1e-9 * torch.eye(30)
     expected = by_sqrtm(mean, c1 + jitter, mean, c2 + jitter)
-    assert evaluate.frechet_distance(mean, c1, mean, c2) == pytest.approx(expected, rel=1e-3)
+    assert frechet_distance(mean, c1, mean, c2) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("is_paired", [True, False])
@@ -3066,9 +3067,9 @@ def test_nan_features_are_refused():
     """One NaN would make every later distance NaN, or worse, be clipped away."""
     bad = torch.ones(4, 3)
     bad[1, 0] = math.nan
-    refuses("1 of 4 images", evaluate.kernel_distance, bad, torch.ones(4, 3))
-    refuses("NaN", evaluate.frechet_distance, bad[0], bad[:3], bad[0], np.eye(3))
-    refuses("dimensions", evaluate.prdc, np.ones((9, 2)), np.ones((9, 3)))
+    refuses("1 of 4 images", kernel_distance, bad, torch.ones(4, 3))
+    refuses("NaN", frechet_distance, bad[0], bad[:3], bad[0], np.eye(3))
+    refuses("dimensions", prdc, np.ones((9, 2)), np.ones((9, 3)))
 
 
 def test_kernel_distance_equals_the_double_loop():
@@ -3077,7 +3078,7 @@ def test_kernel_distance_equals_the_double_loop():
     xx, yy, xy = [(p @ q.T / 5 + 1) ** 3 for p, q in ((a, a), (b, b), (a, b))]
     expected = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (xx, yy)]
     expected = float(sum(expected) - 2 * xy.mean())
-    assert abs(evaluate.kernel_distance(a, b) - expected) < 1e-9 * abs(expected)
+    assert abs(kernel_distance(a, b) - expected) < 1e-9 * abs(expected)
 
 
 @pytest.mark.parametrize("is_paired", [True, False])
@@ -3088,7 +3089,7 @@ def test_kernel_distance_error_is_the_spread_of_repeated_draws(is_paired):
     for _ in range(150):
         shared, a, b = torch.randn(3, 80, 8, generator=g)
         x, y = (shared + 0.2 * a, shared + 0.2 * b) if is_paired else (a, b[:60] + 0.7)
-        found.append(evaluate.kernel_distance(x, y, True, is_paired))
+        found.append(kernel_distance(x, y, True, is_paired))
     values, errors = np.array(found).T
     assert 0.7 < errors.mean() / values.std() < 1.4
     assert not is_paired or abs(values.mean()) < 4 * values.std() / 150**0.5
@@ -3105,8 +3106,8 @@ def test_prdc_equals_its_definition():
     expected = {"precision": inside.any(0).mean(), "density": inside.sum() / (4 * len(fake)),
                 "recall": (between < np.sort(own_fake, 1)[:, 4]).any(1).mean(),
                 "coverage": inside.any(1).mean()}
-    assert evaluate.prdc(real, fake, 4) == pytest.approx(expected, abs=1e-12)
-    same = evaluate.prdc(real, real, 4)
+    assert prdc(real, fake, 4) == pytest.approx(expected, abs=1e-12)
+    same = prdc(real, real, 4)
     assert same["precision"] == same["recall"] == same["coverage"] == 1
 
 
@@ -3174,9 +3175,9 @@ def test_classifier_learns_stops_early_and_keeps_the_best_epoch(monkeypatch):
     """Labels shuffled against images, the last epoch's weights, no end, one augmentation."""
     seen = []
     monkeypatch.setattr(data, "augment", preceded(
-        data.augment, lambda call, images, ids, *_: seen.extend(np.asarray(ids).tolist())))
+        augment, lambda call, images, ids, *_: seen.extend(np.asarray(ids).tolist())))
     pictures = toy_pictures(96)
-    recipe = evaluate.Classify(epochs=40, batch=16, lr=1e-2, patience=2, early_stop=4, size=32,
+    recipe = Classify(epochs=40, batch=16, lr=1e-2, patience=2, early_stop=4, size=32,
                                net=(4, (1, 1), 8))
     net, history = evaluate.fit(recipe, pictures[:64], pictures[64:], 0, CPU)
     assert history["val"] > 0.75 and history["epochs"] == history["best_epoch"] + 4
@@ -3196,7 +3197,7 @@ class Damaged(list):
 def test_a_fold_that_cannot_be_read_ends_the_command_and_no_refusal_is_kept(monkeypatch):
     """'image damaged' stood in the cache of the fold for ever; readers without shared memory."""
     pictures = toy_pictures(12)
-    recipe = evaluate.Classify(epochs=1, batch=6, size=32, net=(4, (1, 1), 8))
+    recipe = Classify(epochs=1, batch=6, size=32, net=(4, (1, 1), 8))
     path = Path("fold.json")
     parts = {"train": pictures[:1], "val": pictures[6:]}
     assert "at least 2" in evaluate.train_fold(recipe, parts, 0, CPU, path)["error"]
@@ -3267,7 +3268,7 @@ LUNGS[0, 8:24, 4:12] = LUNGS[1, 8:24, 20:28] = True
 def test_selection_takes_one_candidate_a_lung_and_suppresses_the_rest():
     """Half-lungs that add up; one segment for both lungs; whole segments alone, as published."""
     def pick(labels, with_parts=True):
-        return evaluate.select(evaluate.candidates(labels, with_parts), LUNGS)
+        return evaluate.select(candidates(labels, with_parts), LUNGS)
 
     labels = np.where(LUNGS[0], 1, np.where(LUNGS[1], 2, 0))
     chosen, dice = pick(labels)
@@ -3290,7 +3291,7 @@ def test_candidates_are_of_one_percent_and_speckles_take_no_memory():
     speckles[:64] = 2
     speckles[:8, :20] = 3  # 160 of 16,384 pixels: no candidate
     tracemalloc.start()
-    pool = evaluate.candidates(speckles)
+    pool = candidates(speckles)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert pool.dtype == np.float32 and peak < 5 * 2**20
@@ -3298,7 +3299,7 @@ def test_candidates_are_of_one_percent_and_speckles_take_no_memory():
     masks = [mask for k, (part, count) in enumerate(parts)
              for mask in [speckles == k, *[part == p + 1 for p in range(count * (count > 1))]]]
     assert np.array_equal(pool, [mask.ravel() for mask in masks if mask.mean() > 0.01])
-    assert evaluate.candidates(np.arange(1024).reshape(32, 32)).shape == (0, 1024)
+    assert candidates(np.arange(1024).reshape(32, 32)).shape == (0, 1024)
 
 
 def test_a_uniform_attention_map_is_scored():
@@ -3314,7 +3315,7 @@ def test_the_rule_finds_lungs_without_a_mask():
     image = np.where(LUNGS.any(0), 60, 180).astype(np.uint8)
     image[:3] = image[-3:] = 0
     labels = np.where(LUNGS[0], 1, np.where(LUNGS[1], 2, np.where(image == 0, 3, 0)))
-    chosen, belief = evaluate.select(evaluate.candidates(labels), evaluate.expected_lungs(image))
+    chosen, belief = evaluate.select(candidates(labels), evaluate.expected_lungs(image))
     assert np.array_equal(chosen, LUNGS.any(0)) and 0 < belief < 1
     assert np.array_equal(evaluate.otsu_lungs(image), LUNGS.any(0))
 
@@ -3465,7 +3466,7 @@ def test_classify_shares_what_sizes_ratios_and_ranks_share_and_goes_on(room):
         how = made.info(i)
         ends = encode_tokens(run, source.read([place[key] for key in how["sources"]]))
         c = torch.lerp(ends[0], ends[1], how["r"])[None]
-        again = dinodiff.generate(run, c, [how["seed"]], how["steps"])[0].numpy()
+        again = generate(run, c, [how["seed"]], how["steps"])[0].numpy()
         assert np.abs(again.astype(int) - made[i]).max() <= 1 and how["step"] == 20
 
 
@@ -3476,8 +3477,8 @@ def test_results_are_kept_for_the_images_labels_and_weights_they_are_of(room):
     keys = []
     for rows in (text, text.replace("|C", ""), text.replace("test29,", "test28,")):
         Path("kept.csv").write_text(rows)
-        settings = evaluate.Fid(run_dir="run", data="kept")
-        keys += [evaluate.open_labelled(settings).key(1) for _ in range(2)]
+        settings = Fid(run_dir="run", data="kept")
+        keys += [open_labelled(settings).key(1) for _ in range(2)]
     assert keys[::2] == keys[1::2] and len(set(keys)) == 3
     run = load_run("run", 20)
     before = evaluate.name_of(run)
@@ -3499,26 +3500,26 @@ def test_sets_with_unknown_patients_say_so_and_images_have_a_name_each(room):
     """One unknown patient, and MIMIC-CXR was split at random; images of one name shared a seed."""
     names = [f"image{i}" for i in range(16)]
     people = [f"{'p10' if i < 9 else 'p19'}00{i // 2:04d}" for i in range(15)] + [""]
-    settings = evaluate.Fid(run_dir="run", step="20", as_paper=True,
+    settings = Fid(run_dir="run", step="20", as_paper=True,
                             data=labelled_set("mimic", names, people))
-    m = evaluate.open_labelled(settings)
+    m = open_labelled(settings)
     assert m.test.tolist() == [*range(9, 15)] and any("1 of 16 images" in text for text in m.notes)
     assert len(m.checkpoints) == 2
     cell = {"N": 4, "fold": 0, "ratio": 0, "experiment": "real", "strategy": "only"}
     folds = {4: np.array_split(np.arange(4), 2), 6: None}
-    jobs = [evaluate.plan_fold(m, evaluate.Classify(), cell, subset, folds, {}, "")
+    jobs = [evaluate.plan_fold(m, Classify(), cell, subset, folds, {}, "")
             for subset in (np.arange(8), np.arange(8) + 1, np.r_[:4, 8, 9, 10, 11])]
     assert jobs[0][-1] != jobs[1][-1], "another subset of this N, the same cached result"
     assert jobs[0][-1] == jobs[2][-1]
     names[9] = names[2]
     settings = replace(settings, data=labelled_set("twice", names, people))
-    refuses("2 images of the name image2", evaluate.open_labelled, settings)
+    refuses("2 images of the name image2", open_labelled, settings)
 
 
 def test_checkpoints_are_those_that_were_there_when_the_run_was_opened(foreign):
     """Each rank looked for itself, later: a training that goes on, or best.json, split them."""
-    settings = evaluate.Fid(run_dir="foreign", data="test")
-    m = evaluate.open_labelled(settings)
+    settings = Fid(run_dir="foreign", data="test")
+    m = open_labelled(settings)
     shutil.copytree(checkpoint_folder("foreign", 20), checkpoint_folder("foreign", 30))
     assert m.checkpoints == [10, 20] and m.run.step == 20
     write_json("foreign/best.json", {"step": 10})
@@ -3697,7 +3698,7 @@ def test_docs_name_only_what_exists_and_their_commands_parse(page, monkeypatch):
         called = re.search(r"(?:python|torchrun .*?) (\w+\.py)\b(.*)", line)
         words = shlex.split(called[2], comments=True) if called else []
         if called and called[1] == "data.py":
-            data.parse({"prepare": data.Prepare(), "check": data.Check()}[words[0]], words[1:])
+            data.parse({"prepare": data.Prepare(), "check": Check()}[words[0]], words[1:])
         elif called:
             runpy.run_path(str(HERE / called[1]), run_name="__main__")
 
