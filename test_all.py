@@ -128,7 +128,7 @@ def surroundings(tmp_path, tmp_path_factory, monkeypatch):
 
 def refuses(message: str, function, *arguments, **options) -> None:
     """The call ends with a UserError that matches `message`."""
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message or "."):
         function(*arguments, **options)
 
 
