@@ -186,8 +186,10 @@ def adam8bit_(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Tensor, m_ma
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """A view of a dense tensor (channels_last, too) as (n,). TRAP: torch.compile makes a graph for
-    each shape of a parameter, and gives up after eight."""
+    """A view of a dense tensor (channels_last, too) as (n,).
+
+    TRAP: torch.compile makes a graph for each shape of a parameter, and gives up after eight.
+    """
     return x.detach().as_strided((x.numel(),), (1,))
 
 
@@ -394,9 +396,8 @@ def odd_settings(values: dict) -> list[str]:
     return odd
 
 
-def check_settings(s: Train, world: int) -> Train:
-    """Refuse, before any work, what cannot be trained (UserError says what would do) -> the rest,
-    with the micro-batch and the run folder that are left to us."""
+def check_settings(s: Train, world: int) -> None:
+    """Refuse, before any work, what cannot be trained. UserError says what would do."""
     wrong = odd_settings(vars(s))
     if wrong:
         raise UserError("found " + "; ".join(wrong))
@@ -409,6 +410,11 @@ def check_settings(s: Train, world: int) -> Train:
     if s.batch % unit:
         raise UserError(f"found --batch {s.batch}, expected a multiple of {unit}: {world} ranks x "
                         f"--micro-batch {unit // world}")
+
+
+def complete_settings(s: Train, world: int) -> Train:
+    """Checked, and with the micro-batch and the run folder that are left to us."""
+    check_settings(s, world)
     share = s.batch // world
     micro = max(m for m in range(1, min(share, 64) + 1) if share % m == 0)
     return dataclasses.replace(s, run_dir=s.run_dir or f"runs/{s.preset}",
@@ -501,8 +507,10 @@ def on_rank_0(function: Callable):
 
 
 def watch_signals() -> list[int]:
-    """A list that Ctrl-C and SIGTERM put their number into: they ask for an orderly end. TRAP: a
-    second one must not end at once: torchrun passes SIGTERM on to ranks that have it."""
+    """A list that Ctrl-C and SIGTERM put their number into: they ask for an orderly end.
+
+    TRAP: a second one must not end at once: torchrun passes SIGTERM on to ranks that have it.
+    """
     received = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: received.append(number))
@@ -626,8 +634,10 @@ def freeze(net: nn.Module, device: torch.device) -> nn.Module:
 
 
 def cast_products(net: nn.Module) -> None:
-    """Weights of products and convolutions to bf16, once; autocast would at every call. TRAP:
-    autocast remembers its casts of weights that are trained, but not of frozen ones."""
+    """Weights of products and convolutions to bf16, once; autocast would at every call.
+
+    TRAP: autocast remembers its casts of weights that are trained, but not of frozen ones.
+    """
     for module in net.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.to(torch.bfloat16)
@@ -670,8 +680,10 @@ def decode_latents(run: Run, z0: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(run: Run, c: Tensor, seeds: list[int], steps: int = 50, eta: float = 0.0) -> Tensor:
-    """c (B, S, N), a seed for each image -> uint8 (B, size, size) on the CPU. Row i is a function
-    of c[i] and seeds[i] alone. CHOICE: DDIM; the paper names no sampler."""
+    """c (B, S, N), a seed for each image -> uint8 (B, size, size) on the CPU.
+
+    Row i is a function of c[i] and seeds[i] alone. CHOICE: DDIM; the paper names no sampler.
+    """
     generators = [generator("cpu", seed, 7) for seed in seeds]  # the same noise on every device
     zT = torch.stack([torch.randn(run.latent_shape, generator=g) for g in generators])
     zT = zT.to(run.device, memory_format=torch.channels_last)
@@ -819,8 +831,10 @@ def plan_views(run: Run, ds) -> list[tuple[int, int]]:
 
 
 def read_views(run: Run, opened: dict, ids: np.ndarray, step: int) -> list[Tensor]:
-    """ids (b,) -> mean, logvar (b, 4, h, w), c (b, S, N) float32; a view of each by chance. opened:
-    a dict that keeps the files' memory maps from call to call."""
+    """ids (b,) -> mean, logvar (b, 4, h, w), c (b, S, N) float32; a view of each by chance.
+
+    opened: a dict that keeps the files' memory maps from call to call.
+    """
     chosen = data.uniforms(1, run.config["seed"], ids, step, 5)[:, 0] * run.config["views"]
     rows = []
     for view, i in zip(chosen.astype(int), ids):
@@ -833,9 +847,11 @@ def read_views(run: Run, opened: dict, ids: np.ndarray, step: int) -> list[Tenso
 
 @torch.no_grad()
 def encode_view(run: Run, pictures: Tensor, ids, draw: int) -> list[Tensor]:
-    """uint8 (b, H, W) -> mean, logvar (b, 4, h, w), c (b, S, N) of the images as augmented. draw:
-    number of the augmentation, which is the step, or the view. CHOICE: DINO sees the augmented
-    image, as the VAE does, so the pair (z0, c) stays true."""
+    """uint8 (b, H, W) -> mean, logvar (b, 4, h, w), c (b, S, N) of the images as augmented.
+
+    draw: number of the augmentation, which is the step, or the view.
+    CHOICE: DINO sees the augmented image, as the VAE does, so the pair (z0, c) stays true.
+    """
     pictures = pictures.to(run.device, non_blocking=True)
     x = to_model(pictures)
     if run.config["augment"]:
@@ -1059,8 +1075,10 @@ def kept_lines(path: Path, stage: str, start: int) -> list[str]:
 
 
 def draw_step(s: Train, step: int, latent: tuple, device) -> tuple[Tensor, Tensor, Tensor]:
-    """t (batch,), eps and the posterior's noise (batch, 4, h, w) of one global batch. A function of
-    (seed, step) alone: every rank draws the same and takes its rows."""
+    """t (batch,), eps and the posterior's noise (batch, 4, h, w) of one global batch.
+
+    A function of (seed, step) alone: every rank draws the same and takes its rows.
+    """
     g = generator(device, s.seed, step, 0)
     t = torch.randint(0, 1000, (s.batch,), generator=g, device=device)
     eps = torch.randn(s.batch, *latent, generator=g, device=device)
@@ -1097,7 +1115,7 @@ def train(settings: Train) -> None:
     """Stages 1 and 2 where the run has no VAE and no DINO; then the UNet, from its checkpoint."""
     device = pick_device(settings.device)
     rank, world = start_ranks(device)
-    s = check_settings(settings, world)
+    s = complete_settings(settings, world)
     share = s.batch // world  # images of this rank in a step
     run, ds = open_frozen(s, device, rank)
     read = make_views(run, ds, rank, world) if s.views else None
@@ -1124,7 +1142,8 @@ def train(settings: Train) -> None:
             # CHOICE: z0 is a sample of the posterior, as Stable Diffusion was trained, not its mean
             z0 = (mean + torch.exp(0.5 * logvar) * noise[rows]) * run.vae.config.scaling_factor
             zt = run.schedule.add_noise(z0, eps[rows], t[rows])
-            model.require_backward_grad_sync = rows.stop == (rank + 1) * share  # DDP: the last pass
+            if world > 1:  # in the last pass the gradients travel between the ranks
+                model.require_backward_grad_sync = rows.stop == (rank + 1) * share
             with autocast(device, s.dtype):
                 eps_hat = model(zt, t[rows], c)
             loss = (eps[rows] - eps_hat.float()).square().mean() * len(zt) / share  # eq. (1)

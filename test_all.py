@@ -3068,6 +3068,9 @@ def test_frechet_error_blocks_keep_patients_whole_and_near_equal():
     first, second = np.repeat(list("abc"), (1, 1, 98)), np.repeat(list("cba"), (1, 28, 1))
     features = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
     assert evaluate.frechet_error(features, features[:30], (first, second)) > 0
+    for names in (first, second):  # a gap would count as a block without any influence
+        block = evaluate.blocks_of(names, 16)
+        assert set(block) == set(range(1 + max(block)))
 
 
 def test_nan_features_are_refused():
